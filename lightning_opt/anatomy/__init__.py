@@ -1,0 +1,12 @@
+"""What each parameter of a model is: roles, experts and routers, ties and counts, read from the module tree."""
+
+from lightning_opt._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "tree": ["Anatomy", "ParameterInfo", "describe"],
+        "roles": ["ROLES"],
+        "experts": ["ExpertLayer", "find_expert_layers"],
+    },
+)

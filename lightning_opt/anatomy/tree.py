@@ -1,0 +1,101 @@
+"""A model's anatomy: every distinct parameter once, with its role, and the counts that scaling rules use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from lightning_opt.anatomy.experts import ExpertLayer, find_expert_layers
+from lightning_opt.anatomy.roles import embedding_ids, head_ids, role_by_shape
+
+
+@dataclass(frozen=True)
+class ParameterInfo:
+    """One distinct parameter.
+
+    Attributes:
+        name: its first name in the module tree.
+        parameter: the parameter itself.
+        role: one of `ROLES`.
+        module_type: class name of the module that holds it first.
+        tied_names: its other names, where weights are tied.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    role: str
+    module_type: str
+    tied_names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What a model is made of.
+
+    Attributes:
+        parameters: every distinct parameter once, frozen ones too, in the order of the module tree.
+        total: number of weights.
+        active: weights that take part in one token: of expert weights only the share top_k / count (all of them where
+            the model does not say top_k).
+        non_embedding: `total` without the roles embedding and head. (Scaling rules that count only matrices, such as
+            L (3 h i + 4 h h) for a Llama, leave out the norms too: sum the sizes of role ``matrix`` for those.)
+        expert_layers: mixture-of-experts layers, empty for dense models.
+    """
+
+    parameters: list[ParameterInfo]
+    total: int
+    active: int
+    non_embedding: int
+    expert_layers: list[ExpertLayer]
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """Parameter name to role."""
+        return {info.name: info.role for info in self.parameters}
+
+
+def describe(model: nn.Module) -> Anatomy:
+    """Reads the module tree of any model; works on the meta device too.
+
+    Args:
+        model: any module: a language model of transformers, torch's own layers, a plain network, also wrapped.
+    """
+    embeddings, heads = embedding_ids(model), head_ids(model)
+    layers = find_expert_layers(model)
+    experts = {id(p) for layer in layers for p in layer.experts}
+    routers = {id(p) for layer in layers for p in layer.routers}
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    infos = []
+    seen: set[int] = set()
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is None or id(parameter) in seen:
+                continue
+            key = id(parameter)
+            seen.add(key)
+            if key in embeddings:
+                role = "embedding"
+            elif key in heads:
+                role = "head"
+            elif key in routers:
+                role = "router"
+            elif key in experts:
+                role = "expert"
+            else:
+                role = role_by_shape(module, parameter)
+            infos.append(ParameterInfo(names[key][0], parameter, role, type(module).__name__, tuple(names[key][1:])))
+    return _counted(infos, layers)
+
+
+def _counted(infos: list[ParameterInfo], layers: list[ExpertLayer]) -> Anatomy:
+    total = sum(info.parameter.numel() for info in infos)
+    outside = sum(info.parameter.numel() for info in infos if info.role in ("embedding", "head"))
+    idle = 0
+    for layer in layers:
+        if layer.top_k is not None:
+            held = sum(p.numel() for p in layer.experts)
+            idle += held - held * layer.top_k // layer.count
+    return Anatomy(infos, total, total - idle, total - outside, layers)

@@ -1,0 +1,19 @@
+"""Callbacks, one question each: how fast, how much memory, how stable, how far, and the model's way out of the run.
+
+Each works alone in any Lightning project; nothing here knows the rest of lightning_opt.
+"""
+
+from lightning_opt._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "throughput": ["Throughput"],
+        "memory": ["Memory"],
+        "stability": ["Stability"],
+        "progress": ["Progress"],
+        "export": ["Export"],
+        "device_peaks": ["peak_flops"],
+        "batches": ["count_tokens"],
+    },
+)

@@ -1,0 +1,130 @@
+"""Batches in the global order, for one rank, from any point on; the number of workers changes nothing but the speed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sized
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+
+class _Indices:
+    """The index lists of one rank, from batch ``first`` on."""
+
+    def __init__(self, start: int, count: int, batch_size: int, rank: int, world_size: int) -> None:
+        self.start, self.count, self.batch_size, self.rank = start, count, batch_size, rank
+        self.global_batch = batch_size * world_size
+        self.first = 0
+
+    def batch(self, number: int) -> range:
+        begin = number * self.global_batch + self.rank * self.batch_size
+        return range(self.start + begin, self.start + min(begin + self.batch_size, self.count))
+
+    def __len__(self) -> int:
+        full, rest = divmod(self.count, self.global_batch)
+        return full + (rest > self.rank * self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for number in range(self.first, len(self)):
+            yield list(self.batch(number))
+
+
+def _stack(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {key: torch.stack([item[key] for item in items]) for key in items[0]}
+
+
+class BatchLoader:
+    """A sized iterable of batches ``{"input_ids": (B, T), "labels": (B, T)}``, int64, whose state is one integer.
+
+    Batch b of rank r out of w holds the elements ``start + b*B*w + r*B`` and the B-1 after it: one optimizer step over
+    all ranks and accumulation sees the same elements whatever w is. ``len`` is the whole range also after
+    ``load_state_dict``; the next iteration then begins behind the batches already given, and the one after it at 0.
+    The state counts batches handed out, so batches that workers prepared ahead are not lost.
+
+    Args:
+        dataset: map-style.
+        batch_size: B, sequences per batch and rank.
+        num_workers: processes that read; 0 reads in this one.
+        start: first element of the global order.
+        count: elements of all ranks together; None: to the end of the dataset. What does not fill a last batch makes a
+            shorter one (ranks beyond it get one batch fewer).
+        rank: r.
+        world_size: w.
+        pin_memory: as in torch's DataLoader.
+        multiprocessing_context: ``fork``, ``spawn`` or ``forkserver``; None: Python's default.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        batch_size: int,
+        num_workers: int = 0,
+        start: int = 0,
+        count: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        pin_memory: bool = False,
+        multiprocessing_context: str | None = None,
+    ) -> None:
+        count = max(_length(dataset) - start, 0) if count is None else count
+        if batch_size < 1 or start < 0 or count < 0 or num_workers < 0 or not 0 <= rank < world_size:
+            raise ValueError(
+                f"{batch_size=} >= 1, {start=}, {count=}, {num_workers=} >= 0 and 0 <= {rank=} < {world_size=}"
+            )
+        self.dataset, self.batch_size = dataset, batch_size
+        self._indices = _Indices(start, count, batch_size, rank, world_size)
+        self._position = 0
+        self._resumed = False
+        self._loader = DataLoader(
+            dataset,
+            batch_sampler=self._indices,
+            num_workers=num_workers,
+            collate_fn=_stack,
+            pin_memory=pin_memory,
+            persistent_workers=num_workers > 0,
+            multiprocessing_context=multiprocessing_context if num_workers else None,
+            generator=torch.Generator().manual_seed(0),  # else every epoch would draw from torch's global generator
+        )
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        if not self._resumed:
+            self._position = 0
+        self._resumed = False
+        self._indices.first = self._position
+        for batch in self._loader:
+            self._position += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """``{"batches": n}``: how many batches of this pass have been handed out."""
+        return {"batches": self._position}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Makes the next iteration go on behind that many batches.
+
+        Raises:
+            ValueError: the number does not lie within this loader's range.
+        """
+        batches = int(state_dict["batches"])
+        if not 0 <= batches <= len(self):
+            raise ValueError(f"the saved position is batch {batches}, this loader has {len(self)} batches")
+        self._position, self._resumed = batches, True
+
+
+def loader(dataset: Dataset, **options: Any) -> BatchLoader:
+    """``BatchLoader(dataset, **options)``: see there."""
+    return BatchLoader(dataset, **options)
+
+
+def _length(dataset: Dataset) -> int:
+    if not isinstance(dataset, Sized):
+        raise ValueError("count= is needed for a dataset without a length")
+    return len(dataset)

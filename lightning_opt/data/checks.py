@@ -1,0 +1,111 @@
+"""What can be known wrong about ``config["data"]`` before anything is read or torch is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning_opt.data.cached import Damaged
+from lightning_opt.data.shards import read_index
+from lightning_opt.data.sources import check_weights, discover
+from lightning_opt.data.tokenizer import SMALLEST_VOCABULARY, find_eos, tokenizer_file
+from lightning_opt.plan import ConfigError
+
+SOURCES = ("embedded", "files", "prepared")
+EMBEDDED_CORPORA = ("code", "math", "prose")
+
+
+def check(config: Mapping[str, Any], *, tokens: int | None = None) -> None:
+    """Checks the data part of a config; imports neither torch nor transformers.
+
+    Args:
+        config: ``config["data"]``.
+        tokens: how many the run will train on, for the prepare command's sake.
+
+    Raises:
+        ConfigError: the first thing that is wrong, in one line.
+    """
+    source = config.get("source")
+    if source not in SOURCES:
+        raise ConfigError("data.source", source, f"must be one of {', '.join(SOURCES)}")
+    _check_numbers(config)
+    if source == "prepared":
+        check_prepared(config, tokens=tokens)
+        return
+    tokenizer = config.get("tokenizer") or {}
+    if tokenizer.get("path"):
+        find_eos(tokenizer_file(tokenizer["path"]), tokenizer.get("eos"))
+    else:
+        size = tokenizer.get("vocab_size")
+        if not _is_integer(size) or size < SMALLEST_VOCABULARY:
+            raise ConfigError("data.tokenizer.vocab_size", size, f"must be an integer >= {SMALLEST_VOCABULARY}")
+    if source == "embedded":
+        check_weights(config.get("weights"), list(EMBEDDED_CORPORA))
+        return
+    if not config.get("path"):
+        raise ConfigError("data.path", config.get("path"), "must be a folder of text files, e.g. data.path=my_texts")
+    check_weights(config.get("weights"), list(discover(config["path"])))
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_numbers(config: Mapping[str, Any]) -> None:
+    length, workers = config.get("sequence_length"), config.get("num_workers", 0)
+    fraction = config.get("val_fraction", 0.02)
+    if not _is_integer(length) or length < 1:
+        raise ConfigError("data.sequence_length", length, "must be an integer >= 1")
+    if not _is_integer(workers) or workers < 0:
+        raise ConfigError("data.num_workers", workers, "must be an integer >= 0")
+    if not isinstance(fraction, (int, float)) or isinstance(fraction, bool) or not 0 < fraction <= 0.5:
+        raise ConfigError("data.val_fraction", fraction, "must be a number above 0 and at most 0.5")
+
+
+def prepare_command(config: Mapping[str, Any], tokens: int | None) -> str:
+    """The command that makes the shards this config asks for."""
+    words = ["python -m recipes.prepare_data", f"data={config.get('name')}"]
+    if config.get("path"):
+        words.append(f"data.path={config['path']}")
+    words.append(f"tokens={tokens}" if tokens else "tokens=...")
+    return " ".join(words)
+
+
+def check_prepared(config: Mapping[str, Any], *, tokens: int | None = None) -> dict[str, Path]:
+    """Finds the prepared shards: one sub-folder per corpus and ``tokenizer.json`` beside them.
+
+    Returns:
+        Corpus -> folder, sorted; corpora without training tokens are for validation only.
+
+    Raises:
+        ConfigError: something is missing, truncated or of another tokenizer; names it and the prepare command.
+    """
+    command = prepare_command(config, tokens)
+    path = config.get("path")
+    if not path or not Path(path).is_dir():
+        raise ConfigError("data.path", path, f"must be a folder of prepared shards; make them: {command}")
+    folder = Path(path)
+    indexes = {}
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir() and not entry.name.startswith((".", "tokenizer")):
+            try:
+                indexes[entry.name] = read_index(entry)
+            except Damaged as damage:
+                problem = f"must be whole, but {damage}; make it again: {command}"
+                raise ConfigError("data.path", str(folder), problem) from None
+    if not indexes:
+        raise ConfigError("data.path", str(folder), f"must hold prepared shards; make them: {command}")
+    if not (folder / "tokenizer.json").is_file():
+        raise ConfigError("data.path", str(folder), f"must hold the shards' tokenizer.json; make it again: {command}")
+    train = [name for name, index in indexes.items() if index["splits"]["train"]["tokens"]]
+    weights = config.get("weights")
+    for name in weights if isinstance(weights, Mapping) else []:
+        if name not in train and weights[name]:
+            raise ConfigError("data.path", str(folder), f"must hold shards of corpus {name}; make them: {command}")
+    check_weights({k: v for k, v in weights.items() if v} if isinstance(weights, Mapping) else weights, train)
+    if not any(index["splits"]["val"]["tokens"] for index in indexes.values()):
+        raise ConfigError("data.path", str(folder), f"must hold validation shards (c4_en); make them: {command}")
+    if len({index["tokenizer_sha256"] for index in indexes.values()}) > 1:
+        raise ConfigError("data.path", str(folder), "must be shards of one tokenizer, but they differ")
+    return {name: folder / name for name in indexes}

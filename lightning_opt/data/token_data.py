@@ -1,0 +1,301 @@
+"""From ``config["data"]`` to everything a run needs of its data: ``build`` and what it returns."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lightning_opt.data import cached, checks, embedded, sources
+from lightning_opt.data.cached import Damaged
+from lightning_opt.data.mixture import Mixture, ValidationWindows
+from lightning_opt.data.progress import progress
+from lightning_opt.data.shards import Shards, open_shards, write_shards
+from lightning_opt.data.sources import CorpusFiles
+from lightning_opt.data.tokenizer import (
+    END_OF_TEXT,
+    find_eos,
+    for_documents,
+    load_tokenizer,
+    token_bytes,
+    tokenizer_file,
+    tokenizer_hash,
+    train_tokenizer,
+)
+from lightning_opt.plan import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+log = logging.getLogger("lightning_opt.data")
+
+TOKENIZER_SAMPLE_BYTES = 6_000_000
+
+
+@dataclass(frozen=True)
+class CorpusInfo:
+    """One corpus in numbers; entropies in nats per token on the validation tokens (``shards.Shards`` says which)."""
+
+    name: str
+    weight: float
+    train_tokens: int
+    val_tokens: int
+    train_documents: int
+    val_documents: int
+    train_bytes: int
+    val_bytes: int
+    unigram_entropy: float | None
+    val_entropy: float | None
+
+
+@dataclass(frozen=True)
+class TokenData:
+    """The data of a run.
+
+    Attributes:
+        tokenizer: with its end-of-text token set.
+        train: endless shuffled mixture; ``train[i]`` is a pure function of (seed, i).
+        val: corpus -> windows in order, last one filled up with label -100.
+        token_bytes: int32 (vocab,), bytes of text behind each token.
+        corpora: one entry per corpus, sorted by name.
+        fingerprint: equal where tokens, tokenizer, weights and sequence length are (the seed is not part of it).
+        tokenizer_kind: ``trained`` or ``given``.
+        tokenizer_sha256: of the tokenizer file and its end-of-text token.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    train: Mixture
+    val: dict[str, ValidationWindows]
+    token_bytes: np.ndarray
+    corpora: list[CorpusInfo]
+    fingerprint: str
+    tokenizer_kind: str
+    tokenizer_sha256: str
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows a model's embedding needs: the largest token id plus one."""
+        return len(self.token_bytes)
+
+    def epochs(self, tokens: float) -> dict[str, float]:
+        """How often a run of ``tokens`` tokens goes through each corpus."""
+        return self.train.epochs(tokens)
+
+
+def build(config: Mapping[str, Any], *, seed: int) -> TokenData:
+    """Makes or reopens tokenizer and shards, and puts the mixture together. Never uses the network.
+
+    Args:
+        config: ``config["data"]`` as plain dict.
+        seed: of the training order.
+
+    Raises:
+        ConfigError: what ``check`` finds, a broken line of a text file, a corpus that is empty or shorter than one
+            sequence, damaged prepared shards.
+    """
+    checks.check(config)
+    if config["source"] == "prepared":
+        kind = "given"
+        file, eos, corpora = _prepared(config)
+        weights = sources.check_weights(config.get("weights"), [shards.name for shards in corpora if len(shards.train)])
+    else:
+        found = _text_files(config)
+        weights = sources.check_weights(config.get("weights"), list(found))
+        hashes = _hashes(found, _cache(config))
+        kind, file, eos = _tokenizer(config, found, hashes, weights)
+        corpora = [_shards(config, corpus, hashes[corpus.name], file, eos) for corpus in found.values()]
+    return _assemble(config, seed, kind, file, eos, corpora, weights)
+
+
+def _cache(config: Mapping[str, Any]) -> Path:
+    return Path(config.get("cache_dir") or "data_cache")
+
+
+def _text_files(config: Mapping[str, Any]) -> dict[str, CorpusFiles]:
+    if config["source"] == "files":
+        return sources.discover(config["path"])
+
+    fraction = config.get("val_fraction", 0.02)
+
+    def make(folder: Path) -> None:
+        log.info("making the embedded corpora (prose, code, mathematics) from this Python and its packages")
+        embedded.make_corpora(folder, fraction)
+
+    key = cached.fingerprint(embedded.identity(), fraction)
+    return sources.discover(cached.folder_made_once(_cache(config), f"embedded-{key[:16]}", make))
+
+
+def _hashes(found: Mapping[str, CorpusFiles], cache: Path) -> dict[str, list]:
+    """Corpus -> [[kind, sha256], ...] of its files; names and times of files do not count, their content does."""
+    files = [(c.name, split, path) for c in found.values() for split in ("train", "val") for path in getattr(c, split)]
+    hashes: dict[str, list] = {name: [] for name in found}
+    try:
+        digests = cached.content_hashes([path for _, _, path in files], cache / "sources.json")
+    except OSError as error:
+        raise ConfigError("data.cache_dir", str(cache), f"must be a folder we can write to ({error})") from None
+    for (name, split, path), digest in zip(files, digests, strict=True):
+        hashes[name].append([split, sources.suffix_of(path), digest])
+    return hashes
+
+
+def _tokenizer(
+    config: Mapping[str, Any],
+    found: Mapping[str, CorpusFiles],
+    hashes: Mapping[str, list],
+    weights: Mapping[str, float],
+) -> tuple[str, Path, str]:
+    """(trained | given, tokenizer.json, end-of-text token)."""
+    asked = config.get("tokenizer") or {}
+    if asked.get("path"):
+        file = tokenizer_file(asked["path"])
+        return "given", file, find_eos(file, asked.get("eos"))
+    size, fraction = asked["vocab_size"], config.get("val_fraction", 0.02)
+
+    def make(folder: Path) -> None:
+        log.info("training a byte-level BPE tokenizer with %d entries", size)
+        tokenizer = train_tokenizer(_sample(found, weights, fraction), size)
+        tokenizer.save(str(folder / "tokenizer.json"))
+        beside = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT}
+        (folder / "tokenizer_config.json").write_text(json.dumps(beside, indent=1), encoding="utf-8")
+
+    import tokenizers
+
+    key = cached.fingerprint(
+        "tokenizer", 1, tokenizers.__version__, size, fraction, TOKENIZER_SAMPLE_BYTES, hashes, weights
+    )
+    folder = cached.folder_made_once(_cache(config), f"tokenizer-{key[:16]}", make)
+    return "trained", folder / "tokenizer.json", END_OF_TEXT
+
+
+def _sample(found: Mapping[str, CorpusFiles], weights: Mapping[str, float], fraction: float) -> Iterator[str]:
+    """Training documents in the mixture's proportions, 6 MB in all: of each file its first part, by the file's size."""
+    for corpus in found.values():
+        total = sum(path.stat().st_size for path in corpus.train)
+        for path in corpus.train:
+            room = TOKENIZER_SAMPLE_BYTES * weights[corpus.name] * path.stat().st_size / max(total, 1)
+            for text in sources.read_documents(path):
+                if room <= 0:
+                    break
+                if corpus.val or sources.draw(text) >= fraction:
+                    room -= len(text.encode("utf-8"))
+                    yield text
+
+
+def _shards(config: Mapping[str, Any], corpus: CorpusFiles, hashes: list, file: Path, eos: str) -> Shards:
+    fraction = config.get("val_fraction", 0.02)
+    sha = tokenizer_hash(file, eos)
+
+    def make(folder: Path) -> None:
+        size = sum(path.stat().st_size for path in [*corpus.train, *corpus.val])
+        with progress(f"tokenising {corpus.name}", size) as advance:
+            documents = _split_documents(corpus, fraction, advance)
+            write_shards(folder, corpus.name, documents, for_documents(file), eos=eos, tokenizer_sha256=sha)
+
+    key = cached.fingerprint("shards", 1, hashes, sha, None if corpus.val else fraction)
+    shards = open_shards(cached.folder_made_once(_cache(config), f"{corpus.name}-{key[:16]}", make))
+    if not shards.train_documents:
+        raise ConfigError(_field(config), corpus.name, "must not be an empty corpus: no training documents found")
+    if not shards.val_documents:
+        need = f"{corpus.name}_val.* files, more documents, or a larger data.val_fraction"
+        raise ConfigError(
+            _field(config), corpus.name, f"must have validation documents: none was held out; needs {need}"
+        )
+    return shards
+
+
+def _field(config: Mapping[str, Any]) -> str:
+    return "data.path" if config["source"] == "files" else "data.source"
+
+
+def _split_documents(corpus: CorpusFiles, fraction: float, advance: Callable[[int], None]) -> Iterator[tuple[str, str]]:
+    """(split, document). Where few documents mean that none is drawn for validation, the lowest draw is taken."""
+    lowest, drawn = 1.0, bool(corpus.val)
+    if not drawn:
+        for path in corpus.train:
+            for text in sources.read_documents(path):
+                lowest = min(lowest, sources.draw(text))
+                if lowest < fraction:
+                    break
+    bound = 0.0 if drawn else max(fraction, math.nextafter(lowest, 2.0))
+    for path in corpus.train:
+        for text in sources.read_documents(path, on_bytes=advance):
+            yield "val" if sources.draw(text) < bound else "train", text
+    for path in corpus.val:
+        for text in sources.read_documents(path, on_bytes=advance):
+            yield "val", text
+
+
+def _prepared(config: Mapping[str, Any]) -> tuple[Path, str, list[Shards]]:
+    folders = checks.check_prepared(config)
+    file = Path(config["path"]) / "tokenizer.json"
+    corpora = []
+    for folder in folders.values():
+        try:
+            cached.verify(folder)
+            shards = open_shards(folder)
+        except Damaged as damage:
+            problem = f"must be whole, but {damage}; make it again: {checks.prepare_command(config, None)}"
+            raise ConfigError("data.path", config["path"], problem) from None
+        if shards.tokenizer_sha256 != tokenizer_hash(file, shards.eos):
+            raise ConfigError(
+                "data.path", str(folder), "must be shards of the tokenizer.json beside it, not of another"
+            )
+        corpora.append(shards)
+    return file, corpora[0].eos, corpora
+
+
+def _assemble(
+    config: Mapping[str, Any],
+    seed: int,
+    kind: str,
+    file: Path,
+    eos: str,
+    corpora: list[Shards],
+    weights: dict[str, float],
+) -> TokenData:
+    length = config["sequence_length"]
+    tokenizer = load_tokenizer(file, eos)
+    table = token_bytes(tokenizer)
+    train = Mixture({shards.name: shards.train for shards in corpora}, weights, sequence_length=length, seed=seed)
+    val = {
+        shards.name: ValidationWindows(shards.val, sequence_length=length, pad_id=shards.eos_id)
+        for shards in corpora
+        if len(shards.val) > 1
+    }
+    infos = [_info(shards, weights.get(shards.name, 0.0)) for shards in corpora]
+    for shards in corpora:
+        _warn_if_lossy(shards, table)
+    sha = tokenizer_hash(file, eos)
+    mark = cached.fingerprint("data", 1, sha, length, [(s.name, s.digest, weights.get(s.name, 0.0)) for s in corpora])
+    return TokenData(tokenizer, train, val, table, infos, mark, kind, sha)
+
+
+def _info(shards: Shards, weight: float) -> CorpusInfo:
+    return CorpusInfo(
+        name=shards.name,
+        weight=weight,
+        train_tokens=len(shards.train),
+        val_tokens=len(shards.val),
+        train_documents=shards.train_documents,
+        val_documents=shards.val_documents,
+        train_bytes=shards.train_bytes,
+        val_bytes=shards.val_bytes,
+        unigram_entropy=shards.unigram_entropy,
+        val_entropy=shards.val_entropy,
+    )
+
+
+def _warn_if_lossy(shards: Shards, table: np.ndarray) -> None:
+    """Bits per byte divide by the bytes behind the tokens; says so where a given tokenizer drops part of the text."""
+    counted = shards.val_bytes if len(shards.val) > 2**24 else int(table[shards.val.read(0, len(shards.val))].sum())
+    if abs(counted - shards.val_bytes) > 0.001 * shards.val_bytes:
+        share = counted / shards.val_bytes
+        log.warning(
+            "the tokenizer keeps %.1f %% of the bytes of %s: bits per byte count those", 100 * share, shards.name
+        )

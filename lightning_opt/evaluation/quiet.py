@@ -1,0 +1,34 @@
+"""The quiet in which lm-eval is imported and runs."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+
+_LOG = logging.getLogger("lightning_opt.evaluation")
+_CHATTERERS = ("lm_eval", "transformers", "datasets", "huggingface_hub", "accelerate", "filelock", "fsspec", "httpx")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps lm-eval, transformers and datasets from the terminal: log lines below error, warnings, progress bars.
+
+    What they wrote goes to the debug log when something fails.
+    """
+    levels = {name: logging.getLogger(name).level for name in _CHATTERERS}
+    heard = io.StringIO()
+    try:
+        for name in _CHATTERERS:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        with warnings.catch_warnings(), contextlib.redirect_stderr(heard), contextlib.redirect_stdout(heard):
+            warnings.simplefilter("ignore")
+            yield
+    except BaseException:
+        _LOG.debug("lm-eval said:\n%s", heard.getvalue()[-20_000:])
+        raise
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)

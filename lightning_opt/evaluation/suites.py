@@ -1,0 +1,215 @@
+"""The suites, their tasks and their files; checks of `config["evaluation"]` that need neither torch nor lm_eval.
+
+`mini`: our own small sets, package data, so that every run exercises the whole path. Not comparable with any
+published number. `full`: the real sets, from local files (`data_dir`) or from the hub. `none`: no evaluation.
+"""
+
+from __future__ import annotations
+
+import difflib
+import gzip
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_opt.plan import ConfigError
+
+SUITES = ("mini", "full", "none")
+TASKS = ("hellaswag", "mmlu", "humaneval")
+MINI_DIR = Path(__file__).resolve().parent / "mini"
+
+# Options of config["evaluation"] and what holds when they are left out.
+DEFAULTS: dict[str, Any] = {
+    "suite": "mini",
+    "tasks": list(TASKS),
+    "limit": None,
+    "data_dir": None,
+    "batch_size": 16,
+    "max_gen_toks": None,
+    "sandbox_seconds": 5.0,
+}
+
+# A model of minutes never writes a stop string, so every problem runs to the end: the stock 1024 tokens would be hours.
+_MAX_GEN_TOKS = {"mini": 64, "full": 256}
+
+
+@dataclass(frozen=True)
+class TaskSource:
+    """Where the documents of a task come from.
+
+    Attributes:
+        hub: data set on the Hugging Face hub that lm-eval's own task names.
+        files: split of lm-eval's task to local file name (`.gz` may be there or not).
+        metric: what the summary shows, with lm-eval's filter.
+        shots: examples in the prompt.
+    """
+
+    hub: str
+    files: Mapping[str, str]
+    metric: str
+    shots: int
+
+
+SOURCES: dict[str, TaskSource] = {
+    "hellaswag": TaskSource("Rowan/hellaswag", {"validation": "hellaswag_val.jsonl"}, "acc_norm,none", 0),
+    "mmlu": TaskSource("cais/mmlu", {"test": "mmlu_test.jsonl", "dev": "mmlu_dev.jsonl"}, "acc,none", 5),
+    "humaneval": TaskSource("openai/openai_humaneval", {"test": "humaneval.jsonl.gz"}, "pass@1,create_test", 0),
+}
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Refuses a `config["evaluation"]` that could not run, before anything heavy is imported.
+
+    Raises:
+        ConfigError: unknown suite, task or option, a bad number, a data folder or file that is not there, or the
+        hub's sets
+            wanted while the hub is switched off and nothing is cached.
+    """
+    for key in config:
+        if key not in DEFAULTS:
+            raise ConfigError("evaluation", key, f"must be one of {', '.join(DEFAULTS)}{_closest(key, DEFAULTS)}")
+    settings = {**DEFAULTS, **config}
+    suite = settings["suite"]
+    if suite not in SUITES:
+        raise ConfigError("evaluation.suite", suite, f"must be one of {', '.join(SUITES)}{_closest(suite, SUITES)}")
+    _check_tasks(settings["tasks"])
+    for key, least in (("limit", 1), ("batch_size", 1), ("max_gen_toks", 1)):
+        value = settings[key]
+        if not (isinstance(value, int) and not isinstance(value, bool) and value >= least) and not (
+            value is None and DEFAULTS[key] is None
+        ):
+            also = " or null" if DEFAULTS[key] is None else ""
+            raise ConfigError(f"evaluation.{key}", value, f"must be a whole number of {least} or more{also}")
+    seconds = settings["sandbox_seconds"]
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= 600:
+        raise ConfigError("evaluation.sandbox_seconds", seconds, "must be seconds above 0, up to 600")
+    if suite == "full":
+        _check_data(settings["data_dir"], settings["tasks"])
+
+
+def _closest(value: Any, known: Sequence[str] | Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(str(value), list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _check_tasks(tasks: Any) -> None:
+    if isinstance(tasks, str) or not isinstance(tasks, Sequence) or not tasks:
+        raise ConfigError("evaluation.tasks", tasks, f"must be a list of {', '.join(TASKS)}")
+    for task in tasks:
+        if task not in TASKS:
+            raise ConfigError("evaluation.tasks", task, f"must be one of {', '.join(TASKS)}{_closest(task, TASKS)}")
+    if len(set(tasks)) != len(tasks):
+        raise ConfigError("evaluation.tasks", list(tasks), "must name each task once")
+
+
+def _check_data(data_dir: Any, tasks: Sequence[str]) -> None:
+    if data_dir is None:
+        missing = [task for task in tasks if hub_is_off() and not in_hub_cache(SOURCES[task].hub)]
+        if missing:
+            names = ", ".join(SOURCES[task].hub for task in missing)
+            raise ConfigError(
+                "evaluation.data_dir",
+                None,
+                f"must be a folder with {', '.join(needed_files(missing))}: the hub is switched off and its cache "
+                f"lacks {names} (or take evaluation=mini)",
+            )
+        return
+    folder = Path(data_dir).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(
+            "evaluation.data_dir", str(data_dir), f"must be a folder with {', '.join(needed_files(tasks))}"
+        )
+    missing_files = [name for name in needed_files(tasks) if find_file(folder, name) is None]
+    if missing_files:
+        raise ConfigError(
+            "evaluation.data_dir", str(data_dir), f"must be a folder that also holds {', '.join(missing_files)}"
+        )
+
+
+def needed_files(tasks: Sequence[str]) -> list[str]:
+    """Names of the local files that these tasks read."""
+    return [name for task in tasks for name in SOURCES[task].files.values()]
+
+
+def find_file(folder: Path, name: str) -> Path | None:
+    """The file of this name in the folder, compressed by gzip or not; None when it is not there."""
+    plain = name.removesuffix(".gz")
+    for candidate in (folder / plain, folder / f"{plain}.gz"):
+        if candidate.is_file():
+            return candidate.resolve()
+    return None
+
+
+def hub_is_off() -> bool:
+    """Whether the environment forbids the Hugging Face hub (the libraries' own variables)."""
+    names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+    return any(os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in names)
+
+
+def in_hub_cache(dataset: str) -> bool:
+    """Whether `datasets` has prepared this data set here before (its cache folder's layout: OWNER___NAME)."""
+    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")
+    cache = os.environ.get("HF_DATASETS_CACHE") or os.path.join(home, "datasets")
+    return (Path(cache).expanduser() / dataset.replace("/", "___")).is_dir()
+
+
+def data_folder(suite: str, data_dir: str | None) -> Path | None:
+    """Folder of the local files of a suite; None when they come from the hub."""
+    if suite == "mini":
+        return MINI_DIR
+    return Path(data_dir).expanduser().resolve() if data_dir is not None else None
+
+
+def max_gen_toks(suite: str, wanted: int | None, context_length: int) -> int:
+    """Tokens to write per HumanEval problem: at most half of the context, so that a prompt keeps the other half."""
+    return max(1, min(wanted or _MAX_GEN_TOKS[suite], context_length // 2))
+
+
+def read_documents(path: Path) -> Iterator[dict[str, Any]]:
+    """Documents of a .jsonl or .jsonl.gz file.
+
+    Raises:
+        ConfigError: the file is not JSON lines; names the line.
+    """
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                raise ConfigError(
+                    "evaluation.data_dir", f"{path.name} line {number}", "must be one JSON object"
+                ) from None
+
+
+def spread(sizes: Mapping[str, int], limit: int | None) -> dict[str, int]:
+    """How many documents to take from each subject so that all together are `limit`.
+
+    Every subject gives the same number, first documents first; what is left over, and a limit below the number of
+    subjects, goes to subjects at even distances in alphabetical order. Subjects with too few give what they have.
+
+    Args:
+        sizes: documents per subject.
+        limit: documents in all; None takes everything.
+
+    Returns:
+        Subject to count, without subjects that give nothing.
+    """
+    taken = dict.fromkeys(sorted(sizes), 0)
+    left = sum(sizes.values()) if limit is None else min(limit, sum(sizes.values()))
+    while left:
+        open_subjects = [name for name in taken if taken[name] < sizes[name]]
+        each = min(left // len(open_subjects), min(sizes[name] - taken[name] for name in open_subjects))
+        if each:
+            chosen = open_subjects
+        else:
+            each, chosen = 1, [open_subjects[index * len(open_subjects) // left] for index in range(left)]
+        for name in chosen:
+            taken[name] += each
+        left -= each * len(chosen)
+    return {name: count for name, count in taken.items() if count}

@@ -1,0 +1,147 @@
+"""What a run says at its start and at its end."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger("lightning_opt.job")
+
+
+def banner(folder: Path, plan: dict[str, Any], env: dict[str, Any]) -> None:
+    """Says what is about to run: folder, device, model, data, routing, length.
+
+    Args:
+        folder: the run folder.
+        plan: ``plan.json``.
+        env: ``env.json``.
+    """
+    device = f"{env['device_name'] or env['device']}, {env['num_threads']} threads" if env["device"] == "cpu" else env["device_name"]
+    log.info("run        %s", folder)
+    log.info("device     %s; %s: %s", device, plan["precision"], plan["precision_reason"])
+    log.info(
+        "model      %s: %s parameters, %s without embeddings",
+        plan["model"],
+        _count(plan["params_total"]),
+        _count(plan["params_non_embedding"]),
+    )
+    log.info(
+        "data       %s: vocabulary %d, fingerprint %s",
+        plan["data"],
+        plan["tokenizer"]["vocab_size"],
+        plan["data_fingerprint"][:12],
+    )
+    for corpus in plan["corpora"]:
+        if not corpus["train_tokens"]:
+            log.info("           %-12s validation only", corpus["name"])
+            continue
+        log.info(
+            "           %-12s weight %.3f  %s tokens, %.2f epochs; unigram entropy %.2f nats",
+            corpus["name"],
+            corpus["weight"],
+            _count(corpus["train_tokens"]),
+            corpus["epochs"],
+            corpus["unigram_entropy"],
+        )
+    tuned = plan["tuned"]
+    log.info("optimizer  %s; tuned values: %s", plan["optimizer"], tuned["source"] if tuned else "none, defaults")
+    table("           ", ("role", "rule", "runs as", "tensors", "params", "lr", "decay", "state"), [_route(row) for row in plan["routing"]])
+    for rule, why in plan["implementations"].items():
+        log.info("           %s runs as %s", rule, why)
+    log.info(
+        "length     %d steps of %s tokens = %s tokens; warm-up %d steps, then %s",
+        plan["max_steps"],
+        f"{plan['tokens_per_step']:,}",
+        _count(plan["tokens"]),
+        plan["warmup_steps"],
+        plan["schedule"]["name"],
+    )
+
+
+def _route(row: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        row["role"],
+        row["rule"],
+        row["implementation"].partition(" ")[0],
+        str(row["tensors"]),
+        f"{row['params']:,}",
+        f"{row['lr']:.3g}",
+        f"{row['weight_decay']:.3g}",
+        _bytes(row["state_bytes"]),
+    )
+
+
+def table(indent: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """Logs rows in aligned columns."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    for row in [header, *rows]:
+        log.info("%s%s", indent, "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def last_block(folder: Path, summary: dict[str, Any], overrides: list[str]) -> None:
+    """Says how it went, where everything is, and what can be typed next.
+
+    Args:
+        folder: the run folder.
+        summary: ``summary.json``.
+        overrides: the command line's overrides, for the commands.
+    """
+    log.info("")
+    loss = summary["val_loss"]
+    if loss is not None:
+        log.info(
+            "%s: validation loss %.4f nats/token (perplexity %.1f, %.3f bits per byte) after %s tokens in %.0f s",
+            summary["state"],
+            loss,
+            summary["val_perplexity"],
+            summary["val_bits_per_byte"],
+            _count(summary["tokens"]),
+            summary["seconds"],
+        )
+        by_corpus = summary["val_loss_by_corpus"] or {}
+        log.info("loss       %s", "  ".join(f"{name} {value:.4f}" for name, value in by_corpus.items() if value is not None))
+    if summary["tokens_per_s_per_device"]:
+        share = f"; optimizer {100 * summary['optimizer_share']:.1f} % of a step" if summary["optimizer_share"] is not None else ""
+        log.info("speed      %s tokens/s per device%s", f"{summary['tokens_per_s_per_device']:,.0f}", share)
+    for task, score in scores(summary).items():
+        log.info("%-10s %s", task, score)
+    words = " ".join(shlex.quote(word) for word in overrides)
+    log.info("report     %s", folder / "report.html")
+    log.info("again      python train.py %s", words)
+    log.info("evaluate   python -m recipes.evaluate %s --suite full", shlex.quote(str(folder)))
+    others = [word for word in overrides if not word.startswith("optimizer=")]
+    log.info("compare    python train.py -m optimizer=adamw,lion %s", " ".join(shlex.quote(word) for word in others))
+
+
+def scores(summary: dict[str, Any]) -> dict[str, str]:
+    """Each task's score as a line: value, standard error, n, shots, chance."""
+    evaluation = summary.get("evaluation") or {}
+    lines = {}
+    for task, score in evaluation.items():
+        if not isinstance(score, dict):
+            continue
+        if "skipped" in score:
+            lines[task] = f"skipped: {score['skipped']}"
+            continue
+        spread = f" ± {score['stderr']:.3f}" if score.get("stderr") is not None else ""
+        chance = f", chance {score['chance']:.3f}" if score.get("chance") is not None else ""
+        lines[task] = f"{score['value']:.3f}{spread} {score['metric']} ({evaluation['suite']}: n={score['n']}, {score['shots']}-shot{chance})"
+    return lines
+
+
+def _count(number: float | None) -> str:
+    if number is None:
+        return "unknown"
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= size:
+            return f"{number / size:.2f}{unit}"
+    return f"{number:g}"
+
+
+def _bytes(number: float) -> str:
+    for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number:.0f} B"

@@ -1,0 +1,132 @@
+"""What a run writes down about itself before its first step: env.json and plan.json."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lightning_opt.plan import RunPlan
+
+_PACKAGES = (
+    "lightning_opt torch lightning torchmetrics transformers hydra-core omegaconf lm_eval grain datasets tokenizers numpy"
+).split()
+
+
+def environment(data_fingerprint: str) -> dict[str, Any]:
+    """Versions, device and commit of this process.
+
+    Args:
+        data_fingerprint: identity of the tokenised data.
+
+    Returns:
+        The content of ``env.json``; what cannot be told is None.
+    """
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    commit, dirty = _git()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "cuda": torch.version.cuda,
+        "device": "cuda" if on_gpu else "cpu",
+        "device_name": torch.cuda.get_device_name() if on_gpu else _cpu_name(),
+        "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "num_threads": torch.get_num_threads(),
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "data_fingerprint": data_fingerprint,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        if package == "lightning_opt":
+            from lightning_opt import __version__
+
+            return __version__
+        return None
+
+
+def _cpu_name() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or None
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
+
+
+def _git() -> tuple[str | None, bool | None]:
+    """Commit of the checkout this code lies in, and whether tracked files differ from it; installed copies have none."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None, None
+
+    def ask(*arguments: str) -> str | None:
+        try:
+            answer = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return answer.stdout.strip() if answer.returncode == 0 else None
+
+    changes = ask("status", "--porcelain", "--untracked-files=no")
+    return ask("rev-parse", "HEAD"), None if changes is None else bool(changes)
+
+
+def planned(
+    config: dict[str, Any],
+    plan: RunPlan,
+    *,
+    token_data: Any,
+    anatomy: Any,
+    optimizer: Any,
+    flops_per_token: float | None,
+    precision: tuple[str, str],
+    tuned: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """The content of ``plan.json``: all that is known before the first step.
+
+    Args:
+        config: the resolved configuration.
+        plan: lengths and batches.
+        token_data: the built data.
+        anatomy: the model's parameters by role.
+        optimizer: the built optimizer.
+        flops_per_token: training FLOPs per token, or None where the shape is not known.
+        precision: the precision and why.
+        tuned: tuned values that were merged, with their source.
+    """
+    epochs = token_data.epochs(plan.tokens)
+    return {
+        "name": config["name"],
+        "optimizer": config["optimizer"]["name"],
+        "model": config["model"]["name"],
+        "data": config["data"]["name"],
+        "params_total": anatomy.total,
+        "params_active": anatomy.active,
+        "params_non_embedding": anatomy.non_embedding,
+        "flops_per_token": flops_per_token,
+        "seed": config["seed"],
+        **asdict(plan),
+        "schedule": config["schedule"],
+        "precision": precision[0],
+        "precision_reason": precision[1],
+        "tuned": tuned,
+        "routing": optimizer.routing_table(),
+        "implementations": optimizer.implementations,
+        "corpora": [{**asdict(corpus), "epochs": epochs.get(corpus.name)} for corpus in token_data.corpora],
+        "tokenizer": {
+            "kind": token_data.tokenizer_kind,
+            "vocab_size": token_data.vocab_size,
+            "sha256": token_data.tokenizer_sha256,
+        },
+        "data_fingerprint": token_data.fingerprint,
+    }

@@ -1,0 +1,248 @@
+"""One run from its configuration to its report: train → evaluate → report."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_opt.job import notices, record
+from lightning_opt.job.logs import run_log
+from lightning_opt.plan import ConfigError, RunPlan, check
+from lightning_opt.run_folder import Diverged, RunFolder, Status, config_hash, summarize, write_json, write_text
+
+log = logging.getLogger("lightning_opt.job")
+
+FINISHED, FAILED, CONFIGURATION, DIVERGED, INTERRUPTED, PREEMPTED = 0, 1, 2, 3, 130, 143
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a run was asked to do.
+
+    Attributes:
+        config: the resolved configuration, plain types only.
+        plan: lengths and batches that follow from it.
+        overrides: the command line's overrides, without secrets.
+        saved_config: text of config.yaml, environment variables unresolved.
+        instantiate: calls a ``_target_`` (Hydra's, handed down).
+        tuned: tuned values that were merged, ``{"source", "values"}``, or None.
+    """
+
+    config: dict[str, Any]
+    plan: RunPlan
+    overrides: list[str]
+    saved_config: str
+    instantiate: Callable[..., Any]
+    tuned: dict[str, Any] | None
+
+
+def run(
+    config: dict[str, Any],
+    folder: RunFolder,
+    *,
+    overrides: list[str],
+    saved_config: str,
+    instantiate: Callable[..., Any],
+    tuned: dict[str, Any] | None = None,
+) -> int:
+    """Trains, evaluates and reports in one folder, and never ends silently.
+
+    Args:
+        config: the resolved configuration.
+        folder: the claimed run folder.
+        overrides: the command line's overrides, without secrets.
+        saved_config: text for config.yaml.
+        instantiate: calls a ``_target_``.
+        tuned: tuned values that were merged, or None.
+
+    Returns:
+        The exit code: 0 finished, 1 failed, 2 configuration, 3 diverged, 130 interrupted, 143 preempted. The reason
+        is in status.json, and the traceback, if any, in run.log.
+    """
+    order = Order(config, check(config), overrides, saved_config, instantiate, tuned)
+    with Status(folder.status, config_hash(config)) as status, run_log(folder.log):
+        return _guarded(order, folder, status)
+
+
+def _guarded(order: Order, folder: RunFolder, status: Status) -> int:
+    """Runs the stages and turns whatever happens into a state, a reason and an exit code."""
+    code = FINISHED
+    try:
+        write_text(folder.config, order.saved_config)
+        write_text(folder.overrides, "".join(f"{word}\n" for word in order.overrides))
+        stopped_by = _train_and_evaluate(order, folder, status)
+        if stopped_by:
+            status.set("PREEMPTED", f"stopped by {stopped_by} at step {status.step}")
+            code = PREEMPTED
+        else:
+            status.set("FINISHED")
+    except ConfigError as error:
+        status.set("FAILED", str(error))
+        log.error("%s", error)
+        return CONFIGURATION
+    except (KeyboardInterrupt, SystemExit) as error:
+        # Lightning answers Ctrl-C with SystemExit after its own shutdown
+        status.set("PREEMPTED", f"interrupted at step {status.step}")
+        log.warning("interrupted at step %d (%s)", status.step, type(error).__name__)
+        code = INTERRUPTED
+    except Diverged as error:
+        status.set("DIVERGED", str(error))
+        log.error("diverged: %s", error)
+        code = DIVERGED
+    except Exception as error:
+        status.set("FAILED", f"{type(error).__name__}: {error}".splitlines()[0])
+        log.error("failed: %s", status.reason)
+        log.error("%s", traceback.format_exc())
+        code = FAILED
+    _report(order, folder)
+    return code
+
+
+def _train_and_evaluate(order: Order, folder: RunFolder, status: Status) -> str | None:
+    """The stages that need torch. Returns what stopped the run early, if anything."""
+    from lightning_opt import anatomy, data, models, optim, training
+    from lightning_opt.optim import schedules
+    from lightning_opt.plan import flops_per_token
+
+    config = order.config
+    training.prepare(config["seed"], config["trainer"]["num_threads"])
+    token_data = data.build(_data_config(config), seed=config["seed"])
+    plan = order.plan if order.plan.max_steps else check(config, sequences=len(token_data.train))
+    model = models.build(config["model"], vocab_size=token_data.vocab_size, instantiate=order.instantiate)
+    described = anatomy.describe(model)
+    optimizer = optim.build(model, config["optimizer"])
+    flops = flops_per_token(
+        described.non_embedding,
+        model.config.num_hidden_layers,
+        model.config.hidden_size,
+        plan.sequence_length,
+        model.config.vocab_size,
+    )
+    precision = training.choose_precision(config["trainer"]["precision"], config["trainer"]["accelerator"])
+    planned = record.planned(
+        config,
+        plan,
+        token_data=token_data,
+        anatomy=described,
+        optimizer=optimizer,
+        flops_per_token=flops,
+        precision=precision,
+        tuned=order.tuned,
+    )
+    env = record.environment(token_data.fingerprint)
+    write_json(folder.env, env)
+    write_json(folder.plan, planned)
+    notices.banner(folder.path, planned, env)
+    module = training.PretrainModule(
+        model,
+        optimizer,
+        schedules.build(config["schedule"], plan.max_steps),
+        corpora=_validation_weights(token_data),
+        token_bytes=token_data.token_bytes,
+        z_loss=config["model"].get("z_loss") or 0.0,
+    )
+    batches = training.TokenDataModule(
+        token_data.train,
+        token_data.val,
+        micro_batch_size=plan.micro_batch_size,
+        micro_batches=plan.max_steps * plan.accumulate,
+        val_batches=config["trainer"]["val_batches"],
+        num_workers=config["data"]["num_workers"],
+        overfit_batches=config["trainer"]["overfit_batches"],
+    )
+    roles = {group["role"] for group in optimizer.param_groups}
+    fitted = training.fit(
+        module,
+        batches,
+        plan,
+        config=config["trainer"],
+        precision=precision[0],
+        folder=folder.path,
+        columns=_columns(token_data.val, roles),
+        callbacks=_callbacks(order, folder, plan, flops, token_data.tokenizer),
+        loggers=[order.instantiate(spec) for spec in (config["logger"] or {}).values()],
+        status=status,
+    )
+    if fitted.stopped_by is None:
+        _evaluate(order, folder, model, token_data.tokenizer, training.choose_device(config["trainer"]["accelerator"]))
+    return fitted.stopped_by
+
+
+def _data_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A model that brings its tokenizer is trained with it."""
+    path = config["model"].get("path")
+    tokenizer = config["data"]["tokenizer"]
+    if not path or tokenizer.get("path"):
+        return config["data"]
+    return {**config["data"], "tokenizer": {**tokenizer, "path": path}}
+
+
+def _validation_weights(token_data: Any) -> dict[str, float]:
+    """What each validation set counts in ``val/loss``: its corpus's share of the mixture.
+
+    Where there are sets that nothing is trained on (the study's C4), they alone are the measure.
+    """
+    held_out = {corpus.name for corpus in token_data.corpora if not corpus.train_tokens}
+    weight = {corpus.name: corpus.weight for corpus in token_data.corpora}
+    return {name: float(name in held_out) if held_out else weight[name] for name in token_data.val}
+
+
+def _columns(corpora: Any, roles: set[str]) -> list[str]:
+    """Metric names that depend on the data and the routing."""
+    ordered = sorted(roles)
+    return (
+        [f"val/loss/{name}" for name in corpora]
+        + [f"lr/{role}" for role in ordered]
+        + [f"grad_norm/{role}" for role in ordered]
+    )
+
+
+def _callbacks(order: Order, folder: RunFolder, plan: RunPlan, flops: float | None, tokenizer: Any) -> list[Any]:
+    """Builds the configured callbacks and hands each what it asks for by an attribute that is still None."""
+    given = {
+        "flops_per_token": flops,
+        "directory": folder.model,
+        "tokenizer": tokenizer,
+        "max_steps": plan.max_steps,
+        "tokens_per_step": plan.tokens_per_step,
+    }
+    callbacks = [order.instantiate(spec) for spec in (order.config["callbacks"] or {}).values() if spec]
+    for callback in callbacks:
+        for name, value in given.items():
+            if hasattr(callback, name) and getattr(callback, name) is None:
+                setattr(callback, name, value)
+    return callbacks
+
+
+def _evaluate(order: Order, folder: RunFolder, model: Any, tokenizer: Any, device: str) -> None:
+    from lightning_opt import evaluation
+
+    config = order.config["evaluation"]
+    if config["suite"] == "none":
+        return
+    log.info("evaluation %s suite: %s", config["suite"], ", ".join(config["tasks"]))
+    evaluation.evaluate(
+        model,
+        tokenizer,
+        config,
+        folder.evaluation,
+        context_length=order.plan.sequence_length,
+        device=device,
+    )
+
+
+def _report(order: Order, folder: RunFolder) -> None:
+    """Summary, report and last block, for unfinished runs too; a fault here must not hide the run's own state."""
+    try:
+        summary = summarize(folder)
+        write_json(folder.summary, summary)
+        from lightning_opt import reports
+
+        reports.write(folder.path)
+        notices.last_block(folder.path, summary, order.overrides)
+    except Exception as error:
+        log.error("the report could not be written: %s: %s", type(error).__name__, error)
+        log.error("%s", traceback.format_exc())

@@ -1,0 +1,14 @@
+"""The only home of Hydra and OmegaConf: from a command line to checked plain dictionaries, one run each."""
+
+from lightning_opt._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "entry": ["main"],
+        "compose": ["Composer"],
+        "preflight": ["Job", "check_command"],
+        "resolve": ["plain_config", "redact", "saved_text"],
+        "task": ["instantiate", "run_job"],
+    },
+)

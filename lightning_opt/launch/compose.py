@@ -1,0 +1,153 @@
+"""Hydra's own composition, used before `hydra.main` so that every job is known and checked before the first starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from lightning_opt.plan import ConfigError, tuned_records
+
+CONFIG_NAME = "train"
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+
+class Composer:
+    """Composes configurations from a folder of YAML files; a context manager, because Hydra's state is global.
+
+    Args:
+        conf: the folder.
+        extra: one more folder to search first (`--config-dir`).
+        name: the primary configuration.
+    """
+
+    def __init__(self, conf: Path = CONF, extra: Path | None = None, name: str = CONFIG_NAME) -> None:
+        self.conf, self.extra, self.name = conf, extra, name
+        if extra is not None and not extra.is_dir():
+            raise ConfigError("--config-dir", str(extra), "no such folder")
+
+    def __enter__(self) -> Composer:
+        path = create_config_search_path(str(self.conf))
+        if self.extra is not None:
+            path.prepend("command-line", f"file://{self.extra.resolve()}", SearchPathQuery(provider="schema"))
+        GlobalHydra.instance().clear()
+        register_tuned(self.options_in("scale"))
+        self._hydra = Hydra.create_main_hydra2("train", path)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        GlobalHydra.instance().clear()
+
+    @property
+    def loader(self) -> Any:
+        """Hydra's config loader."""
+        return self._hydra.config_loader
+
+    def options_in(self, group: str) -> list[str]:
+        """Names of the files of one group, without asking Hydra."""
+        folders = [folder / group for folder in (self.conf, self.extra) if folder is not None]
+        return sorted({file.stem for folder in folders if folder.is_dir() for file in folder.glob("*.yaml")})
+
+    @property
+    def groups(self) -> list[str]:
+        """Our own config groups."""
+        folders = [folder for folder in (self.conf, self.extra) if folder is not None]
+        names = {entry.name for folder in folders for entry in folder.iterdir() if entry.is_dir()}
+        return sorted(names - {"hydra"} | {"tuned"})
+
+    def is_group(self, name: str) -> bool:
+        """Whether this names a config group."""
+        return name == "tuned" or self.loader.repository.group_exists(name)
+
+    def options(self, group: str) -> list[str]:
+        """Choices of a group."""
+        if group == "tuned":
+            return [
+                f"{o}/{name}"
+                for o in self.loader.get_group_options("tuned", None)
+                for name in self.options(f"tuned/{o}")
+            ]
+        return sorted(self.loader.get_group_options(group))
+
+    def multirun(self, overrides: Sequence[str], asked: bool) -> bool:
+        """Whether these overrides make a sweep: `-m` was given, or the configuration says hydra.mode=MULTIRUN."""
+        return asked or self._hydra.get_mode(config_name=self.name, overrides=list(overrides)) == RunMode.MULTIRUN
+
+    def parse(self, lines: Sequence[str]) -> list[Override]:
+        """Reads `key=value` arguments.
+
+        Raises:
+            ConfigError: one is not in Hydra's grammar.
+        """
+        parser = OverridesParser.create(config_loader=self.loader)
+        overrides = []
+        for line in lines:
+            try:
+                overrides += parser.parse_overrides([line])
+            except (OverrideParseException, HydraException) as error:
+                key, _, value = line.partition("=")
+                why = " ".join(str(error).split("\nSee http")[0].split())[:160]
+                help_text = "write key=value, and quote special characters like key='\"a,b\"'"
+                raise ConfigError(key or line, value, f"cannot be read ({why}); {help_text}") from None
+        return overrides
+
+    def compose(self, overrides: Sequence[str], *, sweep: bool = False) -> DictConfig:
+        """The configuration of one job, with its `hydra` node.
+
+        Raises:
+            ConfigError: Hydra refuses; its own words on one line.
+        """
+        try:
+            return self._hydra.compose_config(
+                config_name=self.name,
+                overrides=list(overrides),
+                run_mode=RunMode.MULTIRUN if sweep else RunMode.RUN,
+                from_shell=False,
+                validate_sweep_overrides=not sweep,
+            )
+        except (HydraException, OmegaConfBaseException) as error:
+            text = " ".join(f"{error} {error.__cause__ or ''}".split())
+            raise ConfigError("configuration", " ".join(overrides) or "defaults", text) from None
+
+
+def register_tuned(scales: Sequence[str]) -> None:
+    """Puts plan's records where `optional tuned: <optimizer>/<model>_<scale>` finds them.
+
+    Args:
+        scales: every scale there is, for records that hold at any.
+    """
+    store = ConfigStore.instance()
+    for record in sorted(
+        tuned_records(), key=lambda record: "any" not in record.scales
+    ):  # the exact ones last: they win
+        for scale in scales if "any" in record.scales else record.scales:
+            store.store(
+                group=f"tuned/{record.optimizer}",
+                name=f"{record.model}_{scale}",
+                package="_global_",
+                node=_nested(record.values),
+                provider="tuned",
+            )
+
+
+def _nested(values: dict[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, value in values.items():
+        *parents, last = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return tree

@@ -1,0 +1,98 @@
+"""From the command line to an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+import hydra
+from hydra._internal.utils import get_args_parser
+
+from lightning_opt.launch import task
+from lightning_opt.launch.compose import CONF, CONFIG_NAME, Composer
+from lightning_opt.launch.preflight import check_command
+from lightning_opt.plan import ConfigError
+
+FINISHED, FAILED, WRONG, DIVERGED = 0, 1, 2, 3
+
+
+def main(argv: Sequence[str], conf: Path = CONF) -> int:
+    """Runs a command of `train.py`.
+
+    Args:
+        argv: the arguments, without the program's name.
+        conf: folder of configurations.
+
+    Returns:
+        Exit code: 0 finished, 1 failed, 2 wrong configuration, 3 diverged, 130 interrupted, 143 preempted. A sweep
+        runs its other jobs after a failed one and answers 1 if any failed, else 3 if any diverged, else 0.
+    """
+    try:
+        args = _arguments(argv)
+        if args.help or args.hydra_help or args.shell_completion or args.info or args.experimental_rerun:
+            return _hand_to_hydra(list(argv), conf)
+        with Composer(
+            conf, Path(args.config_dir) if args.config_dir else None, args.config_name or CONFIG_NAME
+        ) as composer:
+            command = check_command(composer, args.overrides, multirun=args.multirun, values=not args.cfg)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return WRONG
+    if args.cfg:
+        return _hand_to_hydra(list(argv), conf)
+    task.named_folder = command.folder
+    task.codes.clear()
+    code = _hand_to_hydra([*_flags(args), *command.overrides], conf)
+    return code or sweep_code(task.codes)
+
+
+def sweep_code(codes: Sequence[int]) -> int:
+    """One exit code for several jobs: a job's own where there is one, else 1 before 3 before 0."""
+    if len(codes) == 1:
+        return codes[0]
+    if any(code not in (FINISHED, DIVERGED) for code in codes):
+        return FAILED
+    return DIVERGED if DIVERGED in codes else FINISHED
+
+
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        raise ConfigError("command line", " ".join(argv), f"{message}; see train.py --help")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    args = parser.parse_intermixed_args(list(argv))
+    if args.config_path:
+        raise ConfigError("--config-path", args.config_path, "is fixed; add a folder of your own by --config-dir")
+    return args
+
+
+def _flags(args: argparse.Namespace) -> list[str]:
+    flags = ["--multirun"] if args.multirun else []
+    flags += ["--config-dir", args.config_dir] if args.config_dir else []
+    return flags + (["--config-name", args.config_name] if args.config_name else [])
+
+
+def _hand_to_hydra(argv: list[str], conf: Path) -> int:
+    with _as_command_line(argv):
+        try:
+            hydra.main(config_path=str(conf), config_name=CONFIG_NAME, version_base="1.3")(task.run_job)()
+        except SystemExit as stop:
+            return stop.code if isinstance(stop.code, int) else FINISHED if stop.code is None else FAILED
+    return FINISHED
+
+
+@contextmanager
+def _as_command_line(argv: list[str]) -> Iterator[None]:
+    """Hydra reads `sys.argv` and nothing else."""
+    before = sys.argv
+    sys.argv = [before[0], *argv]
+    try:
+        yield
+    finally:
+        sys.argv = before

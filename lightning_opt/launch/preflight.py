@@ -1,0 +1,183 @@
+"""Checks a whole command before anything starts: every name, every value, every job of a sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_opt import plan
+from lightning_opt.launch.compose import Composer
+from lightning_opt.launch.names import check_field, check_group, is_group_choice
+from lightning_opt.launch.resolve import plain_config
+from lightning_opt.launch.targets import check_targets
+from lightning_opt.optim import list_optimizers
+from lightning_opt.plan import ConfigError
+from lightning_opt.plan.checks import one_of
+from lightning_opt.run_folder import config_hash
+
+_GRIDS = ("BasicSweeper", "GridSweeper")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that was found right.
+
+    Attributes:
+        overrides: what to hand to Hydra; new keys of open maps carry the `++` that Hydra wants.
+        jobs: the resolved configuration of each job, in order; one job where it is no sweep.
+        multirun: whether it is a sweep.
+        folder: the run folder the user named by `hydra.run.dir`.
+    """
+
+    overrides: list[str]
+    jobs: list[dict[str, Any]]
+    multirun: bool
+    folder: Path | None
+
+
+def check_command(composer: Composer, lines: Sequence[str], *, multirun: bool = False, values: bool = True) -> Command:
+    """Checks every job of a command.
+
+    Args:
+        composer: an entered `Composer`.
+        lines: the `key=value` arguments.
+        multirun: whether `-m` was given.
+        values: False checks names only (for `--cfg`).
+
+    Raises:
+        ConfigError: the first problem found.
+    """
+    checker = _Checker(composer)
+    overrides = composer.parse(lines)
+    if not multirun:
+        for override in overrides:
+            if override.is_sweep_override():
+                value = override.input_line.partition("=")[2] if override.input_line else ""
+                example = f"train.py -m {override.input_line}"
+                raise ConfigError(
+                    override.key_or_group, value, f"several values make a sweep, which needs -m: {example}"
+                )
+    sweep = multirun or any(o.key_or_group == "hydra.mode" for o in overrides)
+    grids = _expand(composer, overrides, sweep) if sweep else [overrides]
+    jobs, seen = [], {}
+    for number, job in enumerate(grids):
+        cfg = checker.compose(job, sweep)
+        if not values:
+            continue
+        config = check_job(cfg)
+        same = seen.setdefault(config_hash(config), number)
+        if same != number:
+            changed = " ".join(o.input_line or "" for o in job)
+            raise ConfigError("sweep", changed, f"job {number} is the same configuration as job {same}: leave one out")
+        jobs.append(config)
+    folder, marked = None, [checker.marked(override) for override in overrides]
+    if sweep and any(o.key_or_group == "hydra.run.dir" for o in overrides):
+        raise ConfigError(
+            "hydra.run.dir", cfg.hydra.run.dir, "names one run's folder; a sweep takes hydra.sweep.dir=FOLDER"
+        )
+    if not sweep and any(o.key_or_group == "hydra.run.dir" for o in overrides):
+        HydraConfig.instance().set_config(cfg)
+        folder = Path(str(cfg.hydra.run.dir))
+        marked = [line for line in marked if not line.lstrip("+").startswith("hydra.run.dir=")]
+    return Command(marked, jobs, sweep, folder)
+
+
+def check_job(cfg: DictConfig) -> dict[str, Any]:
+    """Resolves and checks one composed job; nothing heavy is imported.
+
+    Returns:
+        The resolved configuration.
+
+    Raises:
+        ConfigError: the first problem found.
+    """
+    from lightning_opt import data, evaluation  # their checks need no torch
+
+    config = plain_config(cfg)
+    run = plan.check(config)
+    _check_rules(config["optimizer"])
+    check_targets({key: config[key] for key in ("model", "callbacks", "logger") if key in config})
+    data.check(_with_model_tokenizer(config), tokens=run.tokens)
+    evaluation.check(config["evaluation"])
+    return config
+
+
+def _check_rules(optimizer: dict[str, Any]) -> None:
+    known = list_optimizers()
+    for role, settings in (optimizer.get("roles") or {}).items():
+        rule = settings.get("rule")
+        if rule is not None and rule not in known:
+            raise ConfigError(f"optimizer.roles.{role}.rule", rule, one_of(rule, known))
+
+
+def _with_model_tokenizer(config: dict[str, Any]) -> dict[str, Any]:
+    """The data part with the tokenizer of a given model's folder, which is what the run will use."""
+    folder, tokenizer = config["model"].get("path"), config["data"].get("tokenizer") or {}
+    if not folder or tokenizer.get("path"):
+        return config["data"]
+    return {**config["data"], "tokenizer": {**tokenizer, "path": folder}} if Path(folder).is_dir() else config["data"]
+
+
+class _Checker:
+    """Checks names against what the group choices of a job make, which several jobs may share."""
+
+    def __init__(self, composer: Composer) -> None:
+        self.composer = composer
+        self._bases: dict[tuple[str, ...], DictConfig] = {}
+        self._new: set[str] = set()
+
+    def compose(self, job: list[Override], sweep: bool) -> DictConfig:
+        choices = [override for override in job if is_group_choice(override, self.composer)]
+        fields = [override for override in job if override not in choices]
+        for override in choices:
+            check_group(override, self.composer)
+        key = tuple(str(override.input_line) for override in choices)
+        if key not in self._bases:
+            self._bases[key] = self.composer.compose(key, sweep=sweep)
+        for override in fields:
+            if check_field(override, self._bases[key], self.composer):
+                self._new.add(override.key_or_group)
+        return self.composer.compose([self.marked(override) for override in job], sweep=sweep)
+
+    def marked(self, override: Override) -> str:
+        """The override as Hydra wants it: new keys of open maps need `++`."""
+        line = str(override.input_line)
+        return f"++{line}" if override.key_or_group in self._new and not line.startswith(("+", "~")) else line
+
+
+def _expand(composer: Composer, overrides: list[Override], sweep: bool) -> list[list[Override]]:
+    """The jobs of a sweep; one representative job where a sweeper other than a grid decides later."""
+    plain = [o for o in overrides if not o.is_sweep_override()]
+    hydra = [str(o.input_line) for o in plain if o.key_or_group.startswith(("hydra/", "hydra.", "experiment"))]
+    for override in plain:
+        if is_group_choice(override, composer):
+            check_group(override, composer)
+    sweeper = composer.compose(hydra, sweep=True).hydra.sweeper
+    params = OmegaConf.to_container(sweeper.get("params")) if sweeper.get("params") else {}
+    lines = [f"{key}={value}" for key, value in dict(params or {}).items()]
+    every = composer.parse(lines) + list(overrides)
+    if str(sweeper.get("_target_")).rpartition(".")[2] not in _GRIDS:
+        return [composer.parse([_first_choice(override) for override in every])]
+    for override in every:
+        if override.is_sweep_override() and not override.is_discrete_sweep():
+            value = str(override.input_line).partition("=")[2]
+            raise ConfigError(
+                override.key_or_group, value, "cannot be listed by a grid: write choice(...) or range(...)"
+            )
+    batches = BasicSweeper.split_arguments(every, None)
+    return [composer.parse(job) for batch in batches for job in batch]
+
+
+def _first_choice(override: Override) -> str:
+    if not override.is_sweep_override():
+        return str(override.input_line)
+    if override.is_discrete_sweep():
+        return f"{override.get_key_element()}={next(iter(override.sweep_string_iterator()))}"
+    return f"{override.get_key_element()}={override.value().start}"  # type: ignore[union-attr]

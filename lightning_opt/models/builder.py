@@ -1,0 +1,64 @@
+"""From the config's ``model`` group to a module that is ready to train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from lightning_opt.plan import ConfigError
+
+# Keys of the group that say how the model is trained or counted, not what it is.
+_NOT_ARCHITECTURE = ("name", "z_loss", "activation_checkpointing", "non_embedding_params")
+
+
+def build(config: dict[str, Any], *, vocab_size: int, instantiate: Callable[..., nn.Module]) -> nn.Module:
+    """Builds the model of the config.
+
+    Args:
+        config: the ``model`` group; ``_target_`` names the builder, e.g. ``lightning_opt.models.llama``.
+        vocab_size: size of the tokenizer's vocabulary. A builder that makes a new model gets it; a model that has its
+            own vocabulary must be at least as large.
+        instantiate: calls ``_target_`` with the group's other keys (Hydra's, handed down).
+
+    Returns:
+        A causal language model in train mode whose forward returns an object with ``logits`` (B, T, V).
+
+    Raises:
+        ConfigError: the tokenizer has ids that the model does not know, or checkpointing is not to be had.
+    """
+    architecture = {key: value for key, value in config.items() if key not in _NOT_ARCHITECTURE}
+    if "vocab_size" in architecture:
+        architecture["vocab_size"] = vocab_size
+    model = instantiate(architecture)
+    rows = model.get_input_embeddings().num_embeddings if hasattr(model, "get_input_embeddings") else vocab_size
+    if rows < vocab_size:
+        raise ConfigError("data.tokenizer", f"{vocab_size} ids", f"the model's own tokenizer: it has {rows} embeddings")
+    checkpoint_activations(model, config.get("activation_checkpointing") or "off")
+    return model.train()
+
+
+def checkpoint_activations(model: nn.Module, mode: str) -> None:
+    """Switches activation checkpointing (non-reentrant) of a transformers model.
+
+    Args:
+        model: the model.
+        mode: ``off``, ``full``, or ``every_<n>``: recompute every n-th decoder layer only.
+
+    Raises:
+        ConfigError: the mode is unknown, or the model cannot recompute.
+    """
+    if mode == "off":
+        return
+    every = 1 if mode == "full" else _every(mode)
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise ConfigError("model.activation_checkpointing", mode, f"off: {type(model).__name__} cannot recompute")
+    model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
+
+
+def _every(mode: str) -> int:
+    prefix, _, number = mode.partition("_")
+    if prefix == "every" and number.isdigit() and int(number) > 0:
+        return int(number)
+    raise ConfigError("model.activation_checkpointing", mode, "off, full, or every_<n> such as every_2")

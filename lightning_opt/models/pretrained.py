@@ -1,0 +1,37 @@
+"""Continued training: any causal language model in Hugging Face format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lightning_opt.plan import ConfigError
+
+
+def hf(*, path: str | None = None, context_length: int) -> PreTrainedModel:
+    """Loads a causal language model to train on.
+
+    Args:
+        path: a folder with ``config.json`` and weights, or a hub id.
+        context_length: training sequence length in tokens; at most what the model was made for.
+
+    Returns:
+        The model in float32 (the trainer's precision casts it, so bf16 checkpoints keep a full-precision master).
+
+    Raises:
+        ConfigError: there is no model at the path, or it is shorter than ``context_length``.
+    """
+    if not path:
+        raise ConfigError("model.path", path, "a Hugging Face folder or hub id, e.g. model.path=runs/.../model")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        kind = "folder" if Path(path).exists() else "path"
+        raise ConfigError("model.path", path, f"a causal language model: this {kind} cannot be loaded ({error})") from None
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest and context_length > longest:
+        raise ConfigError("model.context_length", context_length, f"at most {longest}, the model's own")
+    model.config.use_cache = True
+    return model

@@ -1,0 +1,340 @@
+"""The base of every optimizer: the only `step`, parameter groups, decay modes, state storage, clipping by group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_opt import kernels
+from lightning_opt.kernels import Bucket, Choice, Rule
+from lightning_opt.optim.catalogue import find_rule
+from lightning_opt.optim.clipping import Clipping
+from lightning_opt.optim.words import closest
+from lightning_opt.plan import ConfigError, check_value
+
+# Every rule has these; a rule adds its own (`Rule.defaults`).
+COMMON: dict[str, Any] = {
+    "lr": 1e-3,
+    "weight_decay": 0.0,
+    "weight_decay_mode": "decoupled",
+    "max_grad_norm": None,
+    "state_dtype": "float32",
+    "implementation": "auto",
+}
+# What else a group may carry; none of it changes the maths except through `clip_group` and `initial_lr`.
+_BOOKKEEPING: dict[str, Any] = {"rule": None, "role": "all", "clip_group": ""}
+_ALLOWED = frozenset({"params", "param_names", "name", "initial_lr", *COMMON, *_BOOKKEEPING})
+
+Hook = Callable[["Optimizer"], None]
+
+
+class Optimizer(torch.optim.Optimizer):
+    """A torch optimizer whose groups each name the rule that updates them.
+
+    Decay modes, with rate lr (as scheduled), its peak (`initial_lr`, set by schedulers and by `optim.build`) and
+    decay wd:
+
+    - ``decoupled``: ``p <- p (1 - lr wd)`` before the rule (torch's AdamW);
+    - ``independent``: ``p <- p (1 - lr / peak wd)`` (optimi's ``decouple_lr``; wd is then about 1e-5 to 1e-4);
+    - ``l2``: ``g <- g + wd p`` before the rule (torch's Adam and SGD).
+
+    Updates of bfloat16 weights are computed in float32 and rounded to nearest when written. State is made at a
+    parameter's first gradient, in `state_dtype` (float64 for float64 weights); `step` is a Python int. Parameters
+    without gradient are left alone. `max_grad_norm` is applied by `clip_`, and by `step` where nobody called it.
+
+    Args:
+        params: parameters, named parameters, or groups (each may override any hyperparameter, and `rule`).
+        rule: name of the rule for groups that do not name their own.
+        **hyper: hyperparameters of the rule and the common ones (`COMMON`).
+
+    Raises:
+        ConfigError: for an unknown rule or hyperparameter, or a value out of range.
+        ValueError: for a parameter given twice, or one that cannot be trained.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "step" in vars(cls):
+            raise TypeError(f"{cls.__name__} overrides step(): the maths belongs in its Rule")
+
+    def __init__(self, params: Any, *, rule: str, **hyper: Any) -> None:
+        spec = find_rule(rule)
+        _refuse_unknown(spec, hyper)
+        defaults = {**_BOOKKEEPING, **COMMON, **spec.defaults, **hyper, "rule": rule}
+        self._set_up()
+        super().__init__(params, _checked(spec, defaults))
+
+    def _set_up(self) -> None:
+        """Attributes that are no part of torch's optimizer; kept where they exist (torch calls __setstate__ often)."""
+        self.__dict__.setdefault("_before_update", [])
+        self.__dict__.setdefault("_clipping", Clipping())
+        self.__dict__.setdefault("_signals", {})
+        self.__dict__.setdefault("_choices", {})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._set_up()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group after checking its keys, values and parameters; keys left out take the constructor's values.
+
+        Raises:
+            ConfigError: for an unknown rule or hyperparameter, or a value out of range.
+            ValueError: for a parameter that is already held or cannot be trained.
+        """
+        spec = find_rule(param_group.get("rule") or self.defaults["rule"])
+        _refuse_unknown(spec, param_group)
+        inherited = {key: value for key, value in self.defaults.items() if key in _ALLOWED or key in spec.defaults}
+        group = {**spec.defaults, **inherited, **param_group, "rule": spec.name}
+        params = group.pop("params")
+        group = {**_checked(spec, group), "params": [params] if isinstance(params, Tensor) else list(params)}
+        plain = [entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]]
+        if len({id(p) for p in plain}) != len(plain):
+            raise ValueError("a parameter is listed twice in one group: tied weights are updated once")
+        if any(isinstance(p, Tensor) and p.is_complex() for p in plain):
+            raise ValueError("complex parameters are not supported: train torch.view_as_real(p) instead")
+        super().add_param_group(group)
+        for key in set(self.param_groups[-1]) - set(group) - _ALLOWED:
+            del self.param_groups[-1][key]  # torch fills in every default, also those of another rule
+        self._choices.clear()
+
+    # -- the step ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every parameter that has a gradient.
+
+        Args:
+            closure: called once, first, with gradients enabled; its result is returned.
+
+        Raises:
+            RuntimeError: for sparse gradients.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self._clipping.fresh and any(group["max_grad_norm"] is not None for group in self.param_groups):
+            self.clip_()
+        self._clipping.fresh = False
+        for hook in list(self._before_update):
+            hook(self)
+        for group in self.param_groups:
+            rule = find_rule(group["rule"])
+            for bucket in self._buckets(rule, group):
+                kernels.run(self._choice(rule, group, bucket).implementation, rule, bucket)
+        return loss
+
+    def _buckets(self, rule: Rule, group: dict[str, Any]) -> Iterator[Bucket]:
+        """The group's parameters with gradients, apart by step count, device and dtypes; counts the step."""
+        found: dict[tuple[Any, ...], list[list[Tensor]]] = {}
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            _refuse_sparse(p.grad)
+            state = self.state[p]
+            if not state:
+                self._init_state(rule, group, p, state)
+            state["step"] += 1
+            tensors = [p, p.grad, *(state[name] for name in rule.state)]
+            if rule.elementwise:
+                tensors = _local(tensors)
+            key = (state["step"], p.device, *(t.dtype for t in tensors))
+            found.setdefault(key, []).append(tensors)
+        shrink, l2 = _decay(group)
+        for (step, *_), rows in found.items():
+            params, grads, *states = (list(column) for column in zip(*rows, strict=True))
+            yield Bucket(params, grads, tuple(states), rule.scalars(step, group), step, shrink, l2, group)
+
+    def _init_state(self, rule: Rule, group: Mapping[str, Any], p: Tensor, state: dict[str, Any]) -> None:
+        state["step"] = 0
+        dtype = _state_dtype(group, p)
+        for name in rule.state:
+            state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+
+    def register_before_update_hook(self, hook: Hook) -> Callable[[], None]:
+        """Calls ``hook(optimizer)`` in every step after the closure and before a weight changes.
+
+        Returns:
+            a function that takes the hook off again.
+        """
+        self._before_update.append(hook)
+        return lambda: self._before_update.remove(hook)
+
+    # -- signals ----------------------------------------------------------------------------------------------------
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the signals that this optimizer's rules cannot work without."""
+        return frozenset().union(*(find_rule(group["rule"]).needs for group in self.param_groups))
+
+    def observe(self, **signals: Any) -> None:
+        """Takes signals by name; what no rule here needs is refused.
+
+        Raises:
+            ConfigError: for a signal that is not in `needs`.
+        """
+        for name, value in signals.items():
+            if name not in self.needs:
+                wanted = ", ".join(sorted(self.needs)) or "no signals"
+                raise ConfigError(f"observe.{name}", value, f"this optimizer needs {wanted}")
+            self._signals[name] = value
+
+    # -- clipping ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def clip_(self) -> Tensor:
+        """Clips the gradients in place, each group to its own `max_grad_norm`.
+
+        Groups with the same limit and `clip_group` are clipped together by their joint norm, so where all agree this
+        is the usual global clip. No host-device synchronisation. Where a joint norm is not finite the gradients stay
+        as they are: the returned norm tells.
+
+        Returns:
+            the norm of all gradients before clipping, a 0-dim tensor (0 where there are none).
+        """
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    _refuse_sparse(p.grad)
+        return self._clipping.clip(self.param_groups)
+
+    @property
+    def last_grad_norm(self) -> Tensor | None:
+        """What the last `clip_` returned; None before the first."""
+        return self._clipping.total
+
+    def grad_norms(self) -> dict[str, Tensor]:
+        """Norm per role before clipping, as the last `clip_` measured it."""
+        return dict(self._clipping.by_role)
+
+    # -- what runs, what it holds -----------------------------------------------------------------------------------
+
+    def _choice(self, rule: Rule, group: Mapping[str, Any], bucket: Bucket) -> Choice:
+        tensors = (bucket.params, bucket.grads, *bucket.states)
+        return self._choose(rule, group, bucket.params[0].device, tuple(column[0].dtype for column in tensors))
+
+    def _choose(
+        self, rule: Rule, group: Mapping[str, Any], device: torch.device, dtypes: tuple[torch.dtype, ...]
+    ) -> Choice:
+        key = (rule.name, group["implementation"], device.type, dtypes)
+        if key not in self._choices:
+            elements = sum(p.numel() for g in self.param_groups if g["rule"] == rule.name for p in g["params"])
+            self._choices[key] = kernels.choose(rule, group["implementation"], device, dtypes, elements)
+        return self._choices[key]
+
+    def _choice_of(self, group: Mapping[str, Any]) -> Choice:
+        rule = find_rule(group["rule"])
+        largest = max(group["params"], key=lambda p: p.numel())
+        state = _state_dtype(group, largest)
+        return self._choose(rule, group, largest.device, (largest.dtype, largest.dtype, *[state] * len(rule.state)))
+
+    @property
+    def implementations(self) -> dict[str, str]:
+        """Per rule what really runs and why, for example ``{"lion": "compiled (auto: 27.3M parameters, g++)"}``."""
+        return {group["rule"]: str(self._choice_of(group)) for group in self.param_groups if group["params"]}
+
+    def state_bytes(self) -> int:
+        """Bytes of state held now on this process, measured on the tensors (0 before the first step)."""
+        return sum(_bytes_held(state) for state in self.state.values())
+
+    def routing_table(self) -> list[dict[str, Any]]:
+        """One row per group, in plain types.
+
+        Keys: role, rule, implementation, tensors, params (weights), lr (peak), weight_decay, max_grad_norm,
+        state_bytes (measured once the group has state; before, what it will be).
+        """
+        rows = []
+        for group in self.param_groups:
+            params = group["params"]
+            held = sum(_bytes_held(self.state[p]) for p in params if p in self.state)
+            names = find_rule(group["rule"]).state
+            planned = sum(p.numel() * len(names) * _state_dtype(group, p).itemsize for p in params)
+            rows.append(
+                {
+                    "role": group["role"],
+                    "rule": group["rule"],
+                    "implementation": str(self._choice_of(group)) if params else "",
+                    "tensors": len(params),
+                    "params": sum(p.numel() for p in params),
+                    "lr": group.get("initial_lr", group["lr"]),
+                    "weight_decay": group["weight_decay"],
+                    "max_grad_norm": group["max_grad_norm"],
+                    "state_bytes": held or planned,
+                }
+            )
+        return rows
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` returned; state keeps the dtype it was saved in.
+
+        torch casts floating state to the parameter's dtype, which would round the float32 state of bfloat16 weights.
+        """
+        super().load_state_dict(state_dict)
+        saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for index, p in zip(saved_ids, params, strict=True):
+            for name, value in state_dict["state"].get(index, {}).items():
+                if isinstance(value, Tensor) and self.state[p][name].dtype != value.dtype:
+                    self.state[p][name] = value.to(device=p.device)
+        self._choices.clear()
+
+
+def _refuse_unknown(spec: Rule, hyper: Mapping[str, Any]) -> None:
+    for key, value in hyper.items():
+        if key not in _ALLOWED and key not in spec.defaults:
+            raise ConfigError(f"{spec.name}.{key}", value, closest(key, [*COMMON, *spec.defaults]))
+
+
+def _checked(spec: Rule, group: Mapping[str, Any]) -> dict[str, Any]:
+    """The group with its values checked and in plain types."""
+    checked = dict(group)
+    for key in (*COMMON, *spec.defaults):
+        checked[key] = check_value(key, group[key], field=f"{spec.name}.{key}")
+    asked, possible = checked["implementation"], kernels.possible(spec)
+    if asked != "auto" and asked not in possible:
+        raise ConfigError(f"{spec.name}.implementation", asked, f"{spec.name} has auto, {', '.join(possible)}")
+    return checked
+
+
+def _refuse_sparse(grad: Tensor) -> None:
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            f"a gradient is sparse ({grad.layout}): build the embedding with sparse=False, these rules need dense ones"
+        )
+
+
+def _decay(group: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    """(factor on the weights, coefficient of the weights in the gradient), None where there is none."""
+    wd, lr = group["weight_decay"], group["lr"]
+    if wd == 0:
+        return None, None
+    if group["weight_decay_mode"] == "l2":
+        return None, wd
+    if group["weight_decay_mode"] == "independent":
+        return 1 - lr / group.get("initial_lr", lr) * wd if lr else None, None
+    return 1 - lr * wd, None
+
+
+def _state_dtype(group: Mapping[str, Any], p: Tensor) -> torch.dtype:
+    return torch.float64 if p.dtype == torch.float64 else getattr(torch, group["state_dtype"])
+
+
+def _local(tensors: list[Tensor]) -> list[Tensor]:
+    """The parts of DTensors on this rank (the gradient laid out as its weight); plain tensors as they are."""
+    p, g, *states = tensors
+    if not hasattr(p, "to_local"):
+        return tensors
+    if g.placements != p.placements:
+        g = g.redistribute(placements=p.placements)
+    return [t.to_local() for t in (p, g, *states)]
+
+
+def _bytes_held(state: Mapping[str, Any]) -> int:
+    tensors = [value for value in state.values() if isinstance(value, Tensor)]
+    return sum(t.to_local().nbytes if hasattr(t, "to_local") else t.nbytes for t in tensors)

@@ -1,0 +1,84 @@
+"""Lion (EvoLved Sign Momentum): the sign of an interpolated momentum, one state tensor.
+
+With gradient g, momentum m (zero at first), rate lr, decay wd:
+
+    p <- p (1 - lr wd)                        decoupled decay
+    p <- p - lr sign(beta1 m + (1 - beta1) g)      sign(0) = 0
+    m <- beta2 m + (1 - beta2) g              after the weight, of the raw gradient
+
+No bias correction, no eps. Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms" (arXiv 2302.06675),
+Algorithm 2. The sign is of the interpolation: taking the sign before averaging is another, worse rule.
+
+Tuning: every weight moves by lr per step whatever its gradient, so take lr 3 to 10 times below AdamW's and the decay
+3 to 10 times above, which keeps lr * wd. Language models: betas (0.95, 0.98) when (0.9, 0.99) is unstable. It wants
+large batches (below 64 sequences the paper sees no gain). Clipping the gradient changes only its share in the momentum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lightning_opt.kernels import Rule
+from lightning_opt.optim.base import Optimizer
+
+
+class Lion(Optimizer):
+    """Lion as a torch optimizer; see the module's text for the rule and how to tune it.
+
+    Args:
+        params: parameters, named parameters or parameter groups, as for any torch optimizer.
+        lr: step size of every weight, typical 3e-5 to 3e-4.
+        betas: interpolation in the sign, decay of the momentum.
+        weight_decay: typical 0.1 to 1.
+        max_grad_norm: the gradient is clipped to this norm before the update; None = no clipping.
+        weight_decay_mode: ``decoupled``, ``independent`` or ``l2`` (see `Optimizer`).
+        state_dtype: ``float32`` or ``bfloat16``.
+        implementation: ``auto``, ``eager``, ``foreach`` or ``compiled``.
+
+    Raises:
+        ConfigError: for a value out of range or an unknown hyperparameter.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
+        max_grad_norm: float | None = None,
+        weight_decay_mode: str = "decoupled",
+        state_dtype: str = "float32",
+        implementation: str = "auto",
+        **unknown: Any,
+    ) -> None:
+        super().__init__(
+            params,
+            rule="lion",
+            lr=lr,
+            betas=betas,
+            weight_decay=weight_decay,
+            max_grad_norm=max_grad_norm,
+            weight_decay_mode=weight_decay_mode,
+            state_dtype=state_dtype,
+            implementation=implementation,
+            **unknown,
+        )
+
+
+def scalars(step: int, group: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of one step."""
+    beta1, beta2 = group["betas"]
+    return {"lr": group["lr"], "beta1": beta1, "new1": 1 - beta1, "beta2": beta2, "new2": 1 - beta2}
+
+
+def update(p: Any, g: Any, m: Any, *, lr: float, beta1: float, new1: float, beta2: float, new2: float) -> Any:
+    """One step: (weight, momentum)."""
+    direction = torch.sign(beta1 * m + new1 * g)
+    return p - lr * direction, beta2 * m + new2 * g
+
+
+RULE = Rule("lion", update, scalars, state=("exp_avg",), defaults={"betas": (0.9, 0.99)}, traffic=20)

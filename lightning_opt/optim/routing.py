@@ -1,0 +1,87 @@
+"""From a model and an optimizer's configuration to one optimizer: role -> rule, rate, decay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from lightning_opt.anatomy import ROLES, describe
+from lightning_opt.optim.base import COMMON, Optimizer
+from lightning_opt.optim.catalogue import find_rule
+from lightning_opt.optim.words import closest
+from lightning_opt.plan import ConfigError, check_value
+
+_TOP_ONLY = {"name", "roles"}
+_EVERYWHERE = {"lr_scale", "clip_group", *COMMON}
+
+
+def build(model: nn.Module, config: Mapping[str, Any]) -> Optimizer:
+    """One optimizer over all trainable parameters of a model, grouped by role.
+
+    ``config["roles"]`` maps a role (or ``default``, for roles that are not listed) to settings. The top level gives
+    every hyperparameter to each rule that knows it; a role's entry overrides. An entry that names its own ``rule``
+    starts from the top level; one that does not refines ``default``. Without ``roles``, the rule called ``name`` takes
+    everything. A group's peak rate is ``lr`` x the top level's ``lr_scale`` x the entry's ``lr_scale``.
+
+    Args:
+        model: any module, on any device.
+        config: plain dict as in ``conf/optimizer``.
+
+    Raises:
+        ConfigError: for an unknown role, rule or key (with the closest right one) or a value out of range.
+        ValueError: where the model has no trainable parameter.
+    """
+    entries = _entries(config)
+    infos: dict[str, list[nn.Parameter]] = {}
+    for info in describe(model).parameters:
+        if info.parameter.requires_grad:
+            infos.setdefault(info.role, []).append(info.parameter)
+    if not infos:
+        raise ValueError("the model has no trainable parameter: nothing requires a gradient")
+    groups = []
+    for role in ROLES:
+        if role in infos:
+            group = _group(config, entries.get(role) or entries["default"], f"optimizer.roles.{role}")
+            groups.append({"params": infos[role], "role": role, "initial_lr": group["lr"], **group})
+    return Optimizer(groups, rule=groups[0]["rule"])
+
+
+def _entries(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The roles map, complete: checked words, ``default`` present, entries without a rule laid over it."""
+    roles = {role: dict(entry) for role, entry in (config.get("roles") or {}).items() if entry is not None}
+    for role in roles:
+        if role != "default" and role not in ROLES:
+            raise ConfigError("optimizer.roles", role, closest(role, ["default", *ROLES]))
+    default = {"rule": config.get("name", "adamw"), **roles.get("default", {})}
+    entries = {role: entry if "rule" in entry else {**default, **entry} for role, entry in roles.items()}
+    entries["default"] = default
+    rules = {find_rule(entry["rule"], field=f"optimizer.roles.{role}.rule") for role, entry in entries.items()}
+    known = {*_TOP_ONLY, *_EVERYWHERE, *(key for rule in rules for key in rule.defaults)}
+    for key, value in config.items():
+        if key not in known:
+            raise ConfigError(f"optimizer.{key}", value, closest(key, known))
+    for role, entry in entries.items():
+        rule = find_rule(entry["rule"])
+        for key, value in entry.items():
+            if key != "rule" and key not in _EVERYWHERE and key not in rule.defaults:
+                raise ConfigError(
+                    f"optimizer.roles.{role}.{key}", value, closest(key, ["rule", *_EVERYWHERE, *rule.defaults])
+                )
+    return entries
+
+
+def _group(config: Mapping[str, Any], entry: Mapping[str, Any], field: str) -> dict[str, Any]:
+    """Hyperparameters of one group: the top level under the entry, rates multiplied out."""
+    rule = find_rule(entry["rule"])
+    keys = {*COMMON, "clip_group", *rule.defaults}
+    group = {key: config[key] for key in keys if key in config}
+    group |= {key: value for key, value in entry.items() if key in keys}
+    for key, value in group.items():
+        if key != "clip_group":
+            group[key] = check_value(key, value, field=f"{field}.{key}" if key in entry else f"optimizer.{key}")
+    for place, source in (("optimizer", config), (field, entry)):
+        scale = check_value("lr_scale", source.get("lr_scale", 1.0), field=f"{place}.lr_scale")
+        group["lr"] = group.get("lr", COMMON["lr"]) * scale
+    return {"rule": rule.name, **group}

@@ -1,0 +1,14 @@
+"""Checks, lengths, FLOPs and tuned values: plain Python, so that wrong input is refused before torch loads."""
+
+from lightning_opt._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "values": ["ConfigError", "Rule", "RULES", "check_value", "rule_for"],
+        "checks": ["RunPlan", "check"],
+        "lengths": ["steps_for_epochs"],
+        "flops": ["flops_per_token"],
+        "records": ["TunedRecord", "tuned", "tuned_records"],
+    },
+)

@@ -1,0 +1,226 @@
+"""Checks a whole configuration: each field by its rule, fields against each other, paths on disk."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_opt.plan.lengths import (
+    split_batch,
+    steps_for_epochs,
+    steps_for_tokens,
+    steps_for_warmup,
+    token_budget,
+)
+from lightning_opt.plan.values import ConfigError, check_value, rule_for
+
+ROLES = ("default", "matrix", "expert", "embedding", "head", "norm", "bias", "router", "other")
+_NO_RULE_BELOW = ("callbacks", "logger", "data.weights")  # other people's keywords
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a checked configuration amounts to.
+
+    Attributes:
+        max_steps: optimizer steps; None for `max_epochs` until the number of training sequences is known.
+        tokens: tokens trained on, `max_steps` x `tokens_per_step`.
+        tokens_per_step: global batch x sequence length.
+        global_batch_size: sequences per optimizer step.
+        micro_batch_size: sequences per forward pass and device.
+        accumulate: forward passes per optimizer step.
+        devices: over all nodes.
+        sequence_length: tokens.
+        warmup_steps: steps until the peak rate.
+        val_every_n_steps: steps between validations.
+    """
+
+    max_steps: int | None
+    tokens: int | None
+    tokens_per_step: int
+    global_batch_size: int
+    micro_batch_size: int
+    accumulate: int
+    devices: int
+    sequence_length: int
+    warmup_steps: int | None
+    val_every_n_steps: int | None
+
+
+def check(config: dict[str, Any], *, sequences: int | None = None) -> RunPlan:
+    """Checks every value and the values against each other; nothing is changed.
+
+    Args:
+        config: the resolved configuration, a plain dict.
+        sequences: training sequences in one epoch, once known; without it `max_epochs` leaves the steps open.
+
+    Raises:
+        ConfigError: the first problem found.
+    """
+    for path, value in _leaves(config):
+        if rule_for(path) is not None and not path.startswith(_NO_RULE_BELOW):
+            check_value(path, value)
+    _check_name(config["name"])
+    _check_model(config["model"])
+    _check_roles(config["optimizer"])
+    _check_data(config["data"], config["model"])
+    return _plan(config, sequences)
+
+
+def _leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{path}.")
+        else:
+            yield path, value
+
+
+def closest(word: str, known: Any) -> str:
+    """The known word most like `word`, or an empty string."""
+    return next(iter(difflib.get_close_matches(str(word), [str(name) for name in known], n=1, cutoff=0.5)), "")
+
+
+def one_of(word: str, known: Any) -> str:
+    """The end of a sentence that names the closest known word and all of them."""
+    names, near = sorted(str(name) for name in known), closest(word, known)
+    return f"must be one of {', '.join(names)}" + (f"; did you mean {near}?" if near else "")
+
+
+def _check_name(name: Any) -> None:
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.+-]+(/[\w.+-]+)*", name) or ".." in name:
+        raise ConfigError(
+            "name", name, "must be a folder name of letters, digits and . _ + - (slashes make sub-folders)"
+        )
+
+
+def _check_model(model: dict[str, Any]) -> None:
+    hidden, heads = model.get("hidden_size"), model.get("num_heads")
+    if hidden and heads:
+        if hidden % heads:
+            near = " or ".join(str(n) for n in _divisors_near(hidden, heads))
+            raise ConfigError("model.num_heads", heads, f"must divide model.hidden_size = {hidden}, for example {near}")
+        if hidden // heads % 2:
+            raise ConfigError(
+                "model.num_heads", heads, f"must leave an even head size (rotary embedding), not {hidden // heads}"
+            )
+        kv_heads = model.get("num_kv_heads")
+        if kv_heads and heads % kv_heads:
+            near = " or ".join(str(n) for n in _divisors_near(heads, kv_heads))
+            raise ConfigError("model.num_kv_heads", kv_heads, f"must divide model.num_heads = {heads}: {near}")
+    path = model.get("path")
+    if "path" in model and not path:
+        raise ConfigError("model.path", path, "must name a folder with a Hugging Face model, or a hub id")
+    if path and not Path(path).is_dir() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):  # org/name is a hub id
+        raise ConfigError("model.path", path, f"not found{_near_path(Path(path))}")
+
+
+def _divisors_near(number: int, wish: int) -> list[int]:
+    divisors = [n for n in range(1, number + 1) if number % n == 0]
+    return sorted(sorted(divisors, key=lambda n: abs(math.log(n / wish)))[:2])
+
+
+def _check_roles(optimizer: dict[str, Any]) -> None:
+    for role, settings in (optimizer.get("roles") or {}).items():
+        field = f"optimizer.roles.{role}"
+        if role not in ROLES:
+            raise ConfigError(field, settings, f"unknown role; {one_of(role, ROLES)}")
+        if not isinstance(settings, dict):
+            raise ConfigError(field, settings, "must be a map, for example {weight_decay: 0.0}")
+        for key in settings:
+            known = {"rule", *optimizer} - {"name", "roles"}
+            if key not in known and rule_for(key) is None:
+                raise ConfigError(f"{field}.{key}", settings[key], f"unknown hyperparameter; {one_of(key, known)}")
+
+
+def _check_data(data: dict[str, Any], model: dict[str, Any]) -> None:
+    path, source = data.get("path"), data.get("source")
+    if source == "files":  # prepared shards are checked by the data room, which knows how to make them
+        if path is None:
+            raise ConfigError("data.path", None, "must name a folder, for example data.path=my_texts")
+        if not Path(path).exists():
+            raise ConfigError("data.path", path, f"not found{_near_path(Path(path))}")
+    tokenizer = (data.get("tokenizer") or {}).get("path")
+    if tokenizer is not None and not Path(tokenizer).exists():
+        raise ConfigError("data.tokenizer.path", tokenizer, f"not found{_near_path(Path(tokenizer))}")
+    weights = data.get("weights")
+    if isinstance(weights, str) and weights != "study":
+        raise ConfigError("data.weights", weights, "must be null (equal), study, or a map of corpus to weight")
+    if isinstance(weights, dict):
+        for corpus, weight in weights.items():
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+                raise ConfigError(f"data.weights.{corpus}", weight, "must be a number >= 0")
+        if not sum(weights.values()) > 0:
+            raise ConfigError("data.weights", weights, "must have at least one weight > 0")
+    length, context = data.get("sequence_length"), model.get("context_length")
+    if length and context and length > context:
+        raise ConfigError("data.sequence_length", length, f"must be at most model.context_length = {context}")
+
+
+def _near_path(path: Path) -> str:
+    """Names the first part that is missing and the entry most like it."""
+    for part in [*reversed(path.parents), path]:
+        if not part.exists():
+            near = closest(part.name, [entry.name for entry in part.parent.iterdir()]) if part.parent.is_dir() else ""
+            return f" ({part.parent} holds no {part.name}" + (f"; did you mean {part.parent / near}?)" if near else ")")
+    return ""
+
+
+def _plan(config: dict[str, Any], sequences: int | None) -> RunPlan:
+    trainer, length = config["trainer"], int(config["data"]["sequence_length"])
+    batch = int(trainer["global_batch_size"])
+    micro, accumulate, devices = split_batch(trainer)
+    steps = _steps(config, batch, length, sequences)
+    warmup = None
+    if steps is not None:
+        warmup = _warmup(config["schedule"], steps)
+    every = trainer.get("val_every_n_steps")
+    if every is None and steps is not None:
+        every = math.ceil(steps / 4)
+    return RunPlan(
+        max_steps=steps,
+        tokens=None if steps is None else steps * batch * length,
+        tokens_per_step=batch * length,
+        global_batch_size=batch,
+        micro_batch_size=micro,
+        accumulate=accumulate,
+        devices=devices,
+        sequence_length=length,
+        warmup_steps=warmup,
+        val_every_n_steps=every,
+    )
+
+
+def _steps(config: dict[str, Any], batch: int, length: int, sequences: int | None) -> int | None:
+    trainer, budget = config["trainer"], token_budget(config)
+    if trainer.get("max_steps") is not None:
+        return int(trainer["max_steps"])
+    if trainer.get("max_epochs") is not None:
+        return None if sequences is None else steps_for_epochs(trainer["max_epochs"], sequences, batch)
+    tokens = int(trainer["max_tokens"] if budget is None else budget)
+    steps = steps_for_tokens(tokens, batch, length)
+    if steps < 1:
+        field = "trainer.max_tokens" if budget is None else "scale.tokens"
+        raise ConfigError(field, tokens, f"must be at least one step of {batch} x {length} = {batch * length} tokens")
+    return steps
+
+
+def _warmup(schedule: dict[str, Any], steps: int) -> int:
+    given = schedule.get("warmup", 0)
+    warmup = steps_for_warmup(given, steps)
+    if warmup >= steps:
+        raise ConfigError("schedule.warmup", given, f"must be shorter than the run of {steps} steps, or a fraction < 1")
+    decay = schedule.get("decay")
+    if schedule.get("name") == "wsd" and decay is not None and warmup + steps_for_warmup(decay, steps) > steps:
+        room = (steps - warmup) / steps
+        raise ConfigError(
+            "schedule.decay",
+            schedule["decay"],
+            f"must leave room for the warm-up of {warmup} steps: at most {room:.3g}",
+        )
+    return warmup

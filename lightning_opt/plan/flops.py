@@ -1,0 +1,37 @@
+"""Sizes and floating-point operations of decoder-only transformers, from their shape alone."""
+
+from __future__ import annotations
+
+
+def flops_per_token(
+    non_embedding_params: int, num_layers: int, hidden_size: int, sequence_length: int, vocab_size: int
+) -> int:
+    """Floating-point operations of one training token, forward and backward.
+
+    ``6 N + 12 L h s + 6 h V``: two operations per parameter forward and four backward (N without the embedding), the
+    attention scores and their product with the values (not halved for causality), and the output head. What activation
+    checkpointing computes twice does not count, so this is the numerator of model FLOPs utilisation (PaLM,
+    arXiv:2204.02311, appendix B, which counts the head inside N).
+
+    Args:
+        non_embedding_params: N; for mixtures of experts the parameters that one token uses.
+        num_layers: L.
+        hidden_size: h = heads x head dimension.
+        sequence_length: s, tokens.
+        vocab_size: V, rows of the output head.
+    """
+    return int(
+        6 * non_embedding_params + 12 * num_layers * hidden_size * sequence_length + 6 * hidden_size * vocab_size
+    )
+
+
+def non_embedding_params(
+    num_layers: int, hidden_size: int, intermediate_size: int, num_heads: int, num_kv_heads: int | None = None
+) -> int:
+    """Matrix parameters of a Llama without embedding, head and norms: ``L (3 h i + 2 h h + 2 h k)``.
+
+    k is the width of the keys, ``h * num_kv_heads / num_heads``; with as many key heads as heads this is the study's
+    ``L (3 h i + 4 h h)`` (arXiv:2509.02046).
+    """
+    key_width = hidden_size * (num_kv_heads or num_heads) // num_heads
+    return num_layers * (3 * hidden_size * intermediate_size + 2 * hidden_size * (hidden_size + key_width))

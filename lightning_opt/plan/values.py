@@ -1,0 +1,266 @@
+"""One table of value rules: what each field may hold, for configurations and for optimizer constructors alike.
+
+A rule is found by the field's full dotted name, else by its last part: `optimizer.roles.norm.lr` obeys `lr`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A value the user gave is wrong; `str()` is one line with the field, the value and what would be right.
+
+    Attributes:
+        field: dotted name, for example ``optimizer.lr``.
+        value: what was given.
+        expected: what would be right, for example ``must be a number > 0``.
+    """
+
+    def __init__(self, field: str, value: Any, expected: str) -> None:
+        self.field, self.value, self.expected = field, value, expected
+        super().__init__(f"{field} = {show(value)}: {' '.join(str(expected).split())}")
+
+    def __reduce__(self) -> tuple[type, tuple[str, Any, str]]:
+        return type(self), (self.field, self.value, self.expected)
+
+
+def show(value: Any) -> str:
+    """The value on one line, as a user would write it on the command line, shortened to 80 characters."""
+    if value is None:
+        text = "null"
+    elif isinstance(value, bool):
+        text = str(value).lower()
+    elif isinstance(value, str):
+        text = value if value and not re.search(r"\s|[\x00-\x1f]", value) else repr(value)
+    elif isinstance(value, (list, tuple)):
+        text = "[" + ", ".join(show(item) for item in value) + "]"
+    else:
+        text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What one field may hold.
+
+    Attributes:
+        kind: ``float``, ``int``, ``bool``, ``str``, ``choice``, ``floats`` (a list) or ``warmup``.
+        low: smallest value; ``low_open`` excludes it.
+        high: largest value; ``high_open`` excludes it.
+        choices: allowed words (``choice``), or words allowed beside a number (other kinds).
+        pattern: regular expression a word may match instead of being one of `choices`.
+        length: number of items of ``floats``.
+        none: what null means, or an empty string where null is refused.
+        hint: shown after the range, for example typical values.
+    """
+
+    kind: str
+    low: float | None = None
+    high: float | None = None
+    low_open: bool = False
+    high_open: bool = False
+    choices: Sequence[str] = ()
+    pattern: str = ""
+    length: int = 0
+    none: str = ""
+    hint: str = ""
+    expected: str = field(default="", compare=False)
+
+    def describe(self) -> str:
+        """What would be right, as the end of a sentence that starts with the field and the value."""
+        if self.expected:
+            return self.expected
+        if self.kind == "choice":
+            text = f"must be one of {', '.join(self.choices)}"
+        else:
+            noun = {"float": "a number", "int": "a whole number", "bool": "true or false", "str": "a word"}
+            many = f"a list of {self.length} numbers, each" if self.length else "a list of numbers, each"
+            text = "must be " + noun.get(self.kind, many)
+            bounds = []
+            if self.low is not None:
+                bounds.append(f"{'>' if self.low_open else '>='} {self.low:g}")
+            if self.high is not None:
+                bounds.append(f"{'<' if self.high_open else '<='} {self.high:g}")
+            text += " " + " and ".join(bounds) if bounds else ""
+            if self.choices:
+                text += f", or {' or '.join(self.choices)}"
+        if self.none:
+            text += f", or null for {self.none}"
+        return f"{text} ({self.hint})" if self.hint else text
+
+    def _number(self, value: Any) -> float | int | None:
+        """The value as this rule's number, or None where it is not one in range."""
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            return None
+        if self.low is not None and (value < self.low or (self.low_open and value == self.low)):
+            return None
+        if self.high is not None and (value > self.high or (self.high_open and value == self.high)):
+            return None
+        if self.kind == "int":
+            return int(value) if value == int(value) else None  # 1e9 tokens is a whole number too
+        return float(value)
+
+    def normalise(self, value: Any) -> Any:
+        """The value in the one type the code uses.
+
+        Raises:
+            ValueError: the value breaks the rule.
+        """
+        result: Any = None
+        if value is None:
+            if self.none:
+                return None
+        elif isinstance(value, str) and (value in self.choices or (self.pattern and re.fullmatch(self.pattern, value))):
+            return value
+        elif self.kind in {"float", "int"}:
+            result = self._number(value)
+        elif self.kind == "bool":
+            result = value if isinstance(value, bool) else None
+        elif self.kind == "str":
+            result = value if isinstance(value, str) and value.strip() else None
+        elif self.kind == "floats" and isinstance(value, (list, tuple)):
+            items = [self._number(item) for item in value]
+            if None not in items and (not self.length or len(items) == self.length):
+                result = tuple(items)
+        elif self.kind == "warmup":
+            result = _warmup(value)
+        if result is None:
+            raise ValueError(self.describe())
+        return result
+
+
+def _warmup(value: Any) -> int | float | None:
+    """Fraction of the run (< 1) or whole steps (>= 1); the float 1.0 could mean either, so it is refused."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    if 0 <= value < 1:
+        return float(value)
+    return int(value) if value >= 1 and value == int(value) and not (isinstance(value, float) and value == 1) else None
+
+
+def _number(low: float | None = None, high: float | None = None, **more: Any) -> Rule:
+    return Rule("float", low, high, **more)
+
+
+def _positive(hint: str = "", **more: Any) -> Rule:
+    return Rule("float", 0, low_open=True, hint=hint, **more)
+
+
+def _count(low: int = 1, hint: str = "", **more: Any) -> Rule:
+    return Rule("int", low, hint=hint, **more)
+
+
+def _choice(*choices: str, **more: Any) -> Rule:
+    return Rule("choice", choices=choices, **more)
+
+
+_FRACTION = {"low": 0, "high": 1, "high_open": True}
+
+RULES: dict[str, Rule] = {
+    # optimizer (the last part of the name is enough, so roles and constructors obey them too)
+    "lr": _positive("typical 1e-4 to 1e-2"),
+    "lr_scale": _positive("1 = as it is"),
+    "weight_decay": _number(0, hint="typical 0 to 1"),
+    "betas": Rule("floats", **_FRACTION, length=2, hint="for example [0.9, 0.95]"),
+    "beta1": _number(**_FRACTION),
+    "beta2": _number(**_FRACTION),
+    "eps": _positive("typical 1e-8"),
+    "momentum": _number(**_FRACTION, hint="typical 0.9 to 0.98"),
+    "max_grad_norm": _positive("typical 1", none="no clipping"),
+    "state_dtype": _choice("float32", "bfloat16"),
+    "implementation": _choice("auto", "eager", "foreach", "compiled", "fused"),
+    "weight_decay_mode": _choice("decoupled", "independent", "l2"),
+    # schedule
+    "schedule.name": _choice("linear", "cosine", "wsd", "constant"),
+    "warmup": Rule(
+        "warmup",
+        expected="must be a fraction of the run (>= 0 and < 1) or a whole number of steps (>= 1); typical 0.05",
+    ),
+    "min_ratio": _number(0, 1, hint="share of the peak rate left at the end"),
+    "decay": Rule(
+        "warmup", expected="must be a fraction of the run (> 0 and < 1) or a whole number of steps (>= 1); typical 0.2"
+    ),
+    # how long
+    "max_steps": _count(none="what scale says"),
+    "max_tokens": _count(none="what scale says", hint="for example 1.6e6"),
+    "max_epochs": _positive("1 = every training sequence once", none="what scale says"),
+    "scale.tokens": _count(none="20 tokens per non-embedding parameter times scale.chinchilla"),
+    "scale.chinchilla": _positive("1 = 20 tokens per non-embedding parameter", none="scale.tokens"),
+    # trainer
+    "seed": Rule("int", 0, 2**32 - 1),
+    "resume": _choice("auto", "never"),
+    "global_batch_size": _count(hint="sequences per optimizer step"),
+    "micro_batch_size": _count(none="as large as the global batch allows"),
+    "accelerator": _choice("auto", "cpu", "gpu", "cuda", "mps"),
+    "trainer.devices": _count(hint="per node"),
+    "num_nodes": _count(),
+    "strategy": Rule("str"),
+    "precision": _choice("auto", "32-true", "bf16-mixed", "bf16-true"),
+    "compile": Rule("bool"),
+    "log_every_n_steps": _count(),
+    "val_every_n_steps": _count(none="4 times over the run"),
+    "val_batches": _count(0, "batches per corpus, 0 = no validation"),
+    "num_threads": _count(none="torch's own choice"),
+    "deterministic": Rule("bool"),
+    "overfit_batches": _count(0, "0 = off"),
+    "profiler": _choice("simple", "pytorch", none="no profiler"),
+    # model
+    "hidden_size": _count(),
+    "num_layers": _count(),
+    "num_heads": _count(),
+    "num_kv_heads": _count(none="as many as num_heads"),
+    "intermediate_size": _count(),
+    "vocab_size": _count(16, none="the tokenizer's own"),
+    "context_length": _count(8),
+    "tie_embeddings": Rule("bool"),
+    "qk_norm": Rule("bool"),
+    "z_loss": _number(0, hint="typical 1e-4; 0 = off"),
+    "init": _positive("standard deviation; width = hidden_size**-0.5", choices=("width",)),
+    "activation_checkpointing": Rule(
+        "choice",
+        choices=("off", "full"),
+        pattern=r"every_[1-9]\d*",
+        expected="must be off, full or every_N (every N-th layer, for example every_2)",
+    ),
+    "non_embedding_params": _count(none="counted once the model is built"),
+    # data
+    "source": _choice("embedded", "files", "prepared"),
+    "sequence_length": _count(8, "tokens"),
+    "val_fraction": _number(0, 1, low_open=True, high_open=True, hint="typical 0.02"),
+    "num_workers": _count(0),
+    # evaluation
+    "suite": _choice("mini", "full", "none"),
+    "evaluation.limit": _positive("documents per task", none="all"),
+    "evaluation.batch_size": _count(),
+}
+
+
+def rule_for(name: str) -> Rule | None:
+    """The rule of a field by its full dotted name, else by its last part; None where no rule is known."""
+    return RULES.get(name) or RULES.get(name.rpartition(".")[2])
+
+
+def check_value(name: str, value: Any, *, field: str | None = None) -> Any:
+    """The value, normalised: whole numbers as int, numbers as float, `betas` as a tuple of floats.
+
+    Args:
+        name: a name in `RULES`, for example ``lr``, or a dotted name that ends in one.
+        value: what the user gave.
+        field: the name to show in the error; `name` by default.
+
+    Raises:
+        ConfigError: the value breaks the rule.
+        KeyError: no rule is known for `name` (a mistake of the caller, not of the user).
+    """
+    rule = rule_for(name)
+    if rule is None:
+        raise KeyError(f"no value rule for {name!r}: add one to lightning_opt/plan/values.py")
+    try:
+        return rule.normalise(value)
+    except ValueError as error:
+        raise ConfigError(field or name, value, str(error)) from None

@@ -1,0 +1,65 @@
+"""What to do next: exact commands to paste."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+from lightning_opt.reports.reading import Run
+
+_OTHERS = ("adamw", "lion")
+
+
+def shown_path(folder: Path) -> str:
+    """The folder as a command can name it: relative to the working folder where it lies inside it."""
+    absolute = folder.resolve()
+    here = Path.cwd()
+    return (absolute.relative_to(here) if absolute.is_relative_to(here) else absolute).as_posix()
+
+
+def next_commands(run: Run) -> tuple[tuple[str, str], ...]:
+    """Pairs of what it does and the command.
+
+    A secret that was on the command line is not repeated: its place says so and has to be filled in.
+    """
+    path = shlex.quote(shown_path(run.folder))
+    again = "Train again with the same configuration and seed"
+    if run.state in ("PREEMPTED", "RUNNING", "FAILED"):
+        again = "Resume this run: the same command takes up its folder"
+    elif run.state == "DIVERGED":
+        again = "Train again, with half the rate"
+    overrides = list(run.overrides)
+    if run.state == "DIVERGED":
+        overrides = [*_without(overrides, r"optimizer\.lr_scale"), f"optimizer.lr_scale={_half_scale(run):g}"]
+    return (
+        (again, _command(["python", "train.py", *overrides])),
+        ("Score the trained model on the real test sets", f"python -m recipes.evaluate {path} --suite full"),
+        ("Compare with another optimizer on the same data and tokens", _compare(run)),
+        ("Draw this report again", f"python -m recipes.report {path}"),
+    )
+
+
+def _compare(run: Run) -> str:
+    mine = str(run.asked("optimizer.name") or run.summary.get("optimizer") or "lion")
+    names = [mine, next(name for name in _OTHERS if name != mine)]
+    kept = _without(run.overrides, r"optimizer|optimizer\..*|name|hydra\.run\.dir|hydra\.sweep\.dir")
+    return _command(["python", "train.py", "-m", f"optimizer={','.join(names)}", *kept])
+
+
+def _without(overrides: list[str], pattern: str) -> list[str]:
+    """Overrides whose key (without Hydra's ``+`` and ``~``) does not match."""
+    return [
+        override
+        for override in overrides
+        if not re.fullmatch(pattern, override.lstrip("+~").split("=")[0].split("@")[0])
+    ]
+
+
+def _half_scale(run: Run) -> float:
+    scale = run.asked("optimizer.lr_scale")
+    return 0.5 * scale if isinstance(scale, int | float) and scale > 0 else 0.5
+
+
+def _command(words: list[str]) -> str:
+    return " ".join(shlex.quote(word) for word in words)

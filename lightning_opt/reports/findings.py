@@ -1,0 +1,211 @@
+"""The run in words: the verdict, the key figures, and what they can and cannot show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lightning_opt.reports import quantities as q
+from lightning_opt.reports.reading import Run
+from lightning_opt.reports.scores import Score
+
+_SUBWORDS = {"adamw": "AdamW", "lion": "Lion", "muon": "Muon", "soap": "SOAP", "mars": "Mars", "scion": "Scion"}
+
+
+@dataclass(frozen=True)
+class Card:
+    """A key figure.
+
+    Attributes:
+        label: what it is.
+        value: the figure with its unit.
+        detail: what belongs to it.
+        tone: a colour name of `style`, or empty.
+    """
+
+    label: str
+    value: str
+    detail: str = ""
+    tone: str = ""
+
+
+def optimizer_name(run: Run) -> str:
+    """The optimizer as it is usually spelled."""
+    name = str(_plain(run.summary.get("optimizer")) or run.asked("optimizer.name") or "an unnamed optimizer")
+    return _SUBWORDS.get(name, name)
+
+
+def model_name(run: Run) -> str:
+    """The model's name."""
+    return str(_plain(run.summary.get("model")) or run.asked("model.name") or "an unnamed model")
+
+
+def data_name(run: Run) -> str:
+    """The data's name."""
+    return str(_plain(run.summary.get("data")) or run.asked("data.name") or "unnamed data")
+
+
+def alarm(run: Run) -> str:
+    """What must be said first: that and why the run did not end as planned. Empty for a finished run."""
+    step = run.status.get("step") or run.summary.get("steps")
+    planned = run.plan.get("max_steps")
+    where = ""
+    if step is not None:
+        where = f" at step {q.integer(step)}" + (f" of {q.integer(planned)}" if planned else "")
+    reason = str(run.status.get("reason") or "").strip()
+    because = f": {reason}" if reason else " (no reason was recorded)"
+    words = {
+        "FINISHED": "",
+        "RUNNING": f"Not finished when this was written{where.replace(' at step', ': step')}.",
+        "DIVERGED": f"Diverged{where}{because}",
+        "PREEMPTED": f"Preempted{where}{because}",
+        "FAILED": f"Failed{where}{because}",
+    }
+    text = words.get(run.state, f"How this run ended is not known (state {run.state}).")
+    return text if not text or text.endswith(".") else f"{text}."
+
+
+def verdict(run: Run, entries: Sequence[Score], suite: str | None, comparable: bool) -> str:
+    """The run in one sentence with its figures, and one more with the scores."""
+    summary = run.summary
+    loss = q.finite(summary.get("val_loss"))
+    size = q.finite(summary.get("params_total"))
+    trained = f"{optimizer_name(run)} trained {model_name(run)}" + (f" ({q.short(size)} parameters)" if size else "")
+    tokens = q.finite(summary.get("tokens"))
+    if tokens is None:
+        return f"{trained}: no training step was logged."
+    sentence = f"{trained} on {q.short(tokens)} tokens"
+    if loss is None:
+        sentence += "; validation loss was not measured"
+    else:
+        sentence += f" to {q.number(loss, 3)} nats per token on held-out text{_against_unigram(run)}"
+    speed, share = q.finite(summary.get("tokens_per_s_per_device")), q.finite(summary.get("optimizer_share"))
+    if speed is not None:
+        sentence += f", at {q.short(speed)} tokens per second per device"
+    if share is not None:
+        sentence += f"{' with' if speed is not None else ','} {q.percent(share)} of each step spent in the optimizer"
+    scored = [_score_words(entry, suite, comparable) for entry in entries if entry.value is not None]
+    return f"{sentence}." + (f" {'; '.join(scored)}." if scored else "")
+
+
+def _score_words(entry: Score, suite: str | None, comparable: bool) -> str:
+    kind = "" if comparable or suite is None else f" ({suite})"
+    chance = "" if entry.chance is None else f" (chance {q.trimmed(entry.chance, 3)})"
+    return f"{entry.title}{kind} {entry.measured}{chance}"
+
+
+def _against_unigram(run: Run) -> str:
+    """How the loss of each corpus stands to that corpus's unigram entropy, in a clause."""
+    below, compared = _below_unigram(run)
+    if not compared:
+        return ""
+    if len(below) == len(compared):
+        return ", below the unigram entropy of every corpus" if len(compared) > 1 else ", below its unigram entropy"
+    if not below:
+        return ", not below the unigram entropy of any corpus"
+    return f", below the unigram entropy of {len(below)} of {len(compared)} corpora"
+
+
+def _below_unigram(run: Run) -> tuple[list[str], list[str]]:
+    losses = run.part("summary", "val_loss_by_corpus")
+    entropy = {str(row.get("name")): q.finite(row.get("unigram_entropy")) for row in run.rows("plan", "corpora")}
+    compared = [name for name in run.corpora() if q.finite(losses.get(name)) is not None and entropy.get(name)]
+    return [name for name in compared if losses[name] < (entropy[name] or 0)], compared
+
+
+def cards(run: Run, entries: Sequence[Score], suite: str | None) -> tuple[Card, ...]:
+    """The key figures of the header."""
+    summary = run.summary
+    perplexity, bits = summary.get("val_perplexity"), summary.get("val_bits_per_byte")
+    state = summary.get("optimizer_state_bytes")
+    shown = [
+        Card(
+            "validation loss",
+            q.number(summary.get("val_loss"), 4),
+            _joined(("perplexity", q.number(perplexity, 3)), ("", f"{q.number(bits, 3)} bits per byte"))
+            if q.finite(summary.get("val_loss")) is not None
+            else "",
+        ),
+        Card(
+            "tokens/s per device",
+            q.short(summary.get("tokens_per_s_per_device")),
+            f"step {q.milliseconds(summary.get('step_ms'))}" if q.finite(summary.get("step_ms")) is not None else "",
+        ),
+        Card(
+            "optimizer",
+            q.percent(summary.get("optimizer_share")),
+            f"{q.milliseconds(summary.get('optimizer_ms'))} of each step"
+            if q.finite(summary.get("optimizer_ms")) is not None
+            else "share of each step",
+        ),
+        Card(
+            "peak memory",
+            q.size(summary.get("peak_memory_bytes")),
+            f"optimizer state {q.size(state)}" if q.finite(state) is not None else "",
+        ),
+        Card(
+            "tokens trained on",
+            q.short(summary.get("tokens")),
+            _joined(("", f"{q.integer(summary.get('steps'))} steps"), ("", q.duration(summary.get("seconds")))),
+        ),
+    ]
+    best = max(
+        (entry for entry in entries if entry.value is not None), key=lambda entry: entry.distance or -9e9, default=None
+    )
+    if best is not None:
+        tone = {"above": "good", "below": "bad"}.get(best.judgement, "")
+        chance = "" if best.chance is None else f", chance {q.trimmed(best.chance, 3)}"
+        kind = "" if suite in (None, "full") else f" ({suite})"
+        shown.append(Card(f"{best.title}{kind}", best.measured.split(" ±")[0], _error_words(best) + chance, tone))
+    else:
+        shown.append(Card("scores", q.NOT_MEASURED, "no task was scored"))
+    return tuple(shown)
+
+
+def _error_words(entry: Score) -> str:
+    return f"± {entry.measured.split('± ')[1]}" if "±" in entry.measured else "no standard error"
+
+
+def notes(run: Run, entries: Sequence[Score], suite: str | None, comparable: bool) -> tuple[str, ...]:
+    """What the figures show, and what they do not."""
+    found = []
+    below, compared = _below_unigram(run)
+    if compared and len(below) < len(compared):
+        others = ", ".join(name for name in compared if name not in below)
+        found.append(
+            f"On {others} the loss did not fall below the unigram entropy: nothing beyond token frequency is shown."
+        )
+    same = [entry.title for entry in entries if entry.judgement == "same"]
+    if same:
+        found.append(f"{_listed(same)}: no difference from chance at two standard errors, so no ability is shown.")
+    worse = [entry.title for entry in entries if entry.judgement == "below"]
+    if worse:
+        found.append(
+            f"{_listed(worse)}: below chance by more than two standard errors; look at the answers before the model."
+        )
+    if suite is not None and not comparable:
+        found.append(f"The {suite} sets are small and our own: their scores are not comparable with published numbers.")
+    found.append(
+        "One run with one seed (n = 1): it has no spread, so a small difference from another run means nothing."
+    )
+    train, val = q.finite(run.summary.get("train_loss")), q.finite(run.summary.get("val_loss"))
+    if train is not None and val is not None and val - train > 0.3:
+        gap = q.number(val - train, 2)
+        found.append(f"Validation loss ended {gap} nats above training loss: a sign of overfitting or of easier data.")
+    if run.env.get("git_dirty") is True:
+        found.append("The code had uncommitted changes: the commit alone does not reproduce this run.")
+    return tuple(found)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _joined(*pairs: tuple[str, str]) -> str:
+    words = [f"{name} {value}".strip() for name, value in pairs if q.NOT_MEASURED not in value]
+    return " · ".join(words)
+
+
+def _plain(value: object) -> object:
+    """A name that may have been saved as its whole table."""
+    return value.get("name") if isinstance(value, dict) else value

@@ -1,0 +1,64 @@
+"""Takes what looks like a password, key or access token out of everything a report shows."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+REDACTED = "[redacted]"
+
+_SECRET_WORDS = {"token", "key", "apikey", "password", "passwd", "pwd", "passphrase", "secret", "credential"}
+_SECRET_WORDS |= {"credentials", "auth", "authorization", "bearer", "cookie"}
+_NO_SECRETS = re.compile(r"^(?:num|max|min|n)_|(?:^|_)(?:pad|eos|bos|unk|mask|sep|cls|special|per)_tokens?(?:_|$)")
+_LITERAL = re.compile(
+    r"\b(?:sk|pk|rk)-[A-Za-z0-9_-]{12,}"
+    r"|\b(?:hf|ghp|gho|ghs|ghu|glpat|pypi|xoxb|xoxp|npm)[_-][A-Za-z0-9_-]{12,}"
+    r"|\bgithub_pat_[A-Za-z0-9_]{12,}"
+    r"|\bAKIA[A-Z0-9]{12,}"
+    r"|\beyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}(?:\.[A-Za-z0-9_-]+)?"
+    r"|(?<=Bearer )[^\s,;'\"]+"
+    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
+)
+_NAMED = re.compile(
+    r"(?<![\w.-])(?P<name>[A-Za-z_][\w./@-]{0,80})(?P<sign>['\"]?\s*[=:]\s*)(?P<value>'[^']*'|\"[^\"]*\"|[^\s,;&}\]]+)"
+)
+_ENVIRONMENT = re.compile(r"^\$\{oc\.env:[^,}]+\}$")
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether a field of this name holds something not to be shown (``api_key``, ``wandb.token``, ``authToken``)."""
+    last = re.split(r"[./@]", name)[-1]
+    if _NO_SECRETS.search(last.lower()):
+        return False
+    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[0-9]+", last)
+    return any(word.lower() in _SECRET_WORDS for word in words)
+
+
+def clean_text(text: str) -> str:
+    """The text without the values of ``name=value`` pairs that name a secret, or literals that look like one."""
+
+    def hide(match: re.Match[str]) -> str:
+        if REDACTED in match[0] or not is_secret_name(match["name"]) or _harmless(match["value"]):
+            return match[0]
+        return f"{match['name']}{match['sign']}{REDACTED}"
+
+    return _NAMED.sub(hide, _LITERAL.sub(REDACTED, text))
+
+
+def clean(value: Any, name: str = "") -> Any:
+    """A copy of a tree of dicts, lists and plain values with every secret replaced by ``[redacted]``."""
+    if isinstance(value, dict):
+        return {clean_text(str(key)): clean(item, str(key)) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [clean(item, name) for item in value]
+    if not isinstance(value, str):
+        return value
+    if name and is_secret_name(name) and not _harmless(value):
+        return REDACTED
+    return clean_text(value)
+
+
+def _harmless(value: str) -> bool:
+    """Words that tell nothing: empty, null, a flag, or the name of an environment variable."""
+    bare = value.strip("'\"").lower()
+    return bare in {"", "null", "none", "true", "false"} or bool(_ENVIRONMENT.match(value))

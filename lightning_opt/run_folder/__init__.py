@@ -1,0 +1,13 @@
+"""The run folder: names, claiming, status, records and the summary. Everything above talks through it (no torch)."""
+
+from lightning_opt._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "folder": ["FolderRefused", "RunFolder", "claim", "config_hash"],
+        "status": ["FINISHED_STATES", "STATES", "Diverged", "Status", "owner_is_gone", "read_status"],
+        "records": ["METRIC_COLUMNS", "append_event", "read_events", "read_json", "read_metrics", "write_json", "write_text"],
+        "summary": ["summarize"],
+    },
+)

@@ -1,0 +1,139 @@
+"""Names inside a run folder, and who may work in which."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from lightning_opt.run_folder.status import FINISHED_STATES, owner_is_gone, read_status
+
+# What may differ between two tries at the same run.
+_NOT_IDENTITY = ("resume", "name")
+
+
+class FolderRefused(ValueError):
+    """The folder that the user named cannot be used; ``str()`` says what would be right."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's folder: every path in it by name."""
+
+    path: Path
+
+    config = property(lambda self: self.path / "config.yaml", doc="What was asked, without secrets.")
+    overrides = property(lambda self: self.path / "overrides.txt", doc="The command line's overrides, one a line.")
+    env = property(lambda self: self.path / "env.json", doc="Versions, device, commit.")
+    plan = property(lambda self: self.path / "plan.json", doc="What the run will do, known before its first step.")
+    status = property(lambda self: self.path / "status.json", doc="State, step, reason, owner.")
+    metrics = property(lambda self: self.path / "metrics.csv", doc="One row per logged step.")
+    events = property(lambda self: self.path / "events.jsonl", doc="What happened once.")
+    checkpoints = property(lambda self: self.path / "checkpoints", doc="Folder of checkpoints.")
+    model = property(lambda self: self.path / "model", doc="The trained model in Hugging Face format.")
+    evaluation = property(lambda self: self.path / "evaluation", doc="Folder of downstream scores.")
+    results = property(lambda self: self.path / "evaluation" / "results.json", doc="lm-eval's own format.")
+    summary = property(lambda self: self.path / "summary.json", doc="The run in one object.")
+    report_html = property(lambda self: self.path / "report.html", doc="The report as a page.")
+    report_md = property(lambda self: self.path / "report.md", doc="The report as Markdown.")
+    model_card = property(lambda self: self.path / "MODEL_CARD.md", doc="The model card.")
+    log = property(lambda self: self.path / "run.log", doc="Everything that was said.")
+    profile = property(lambda self: self.path / "profile", doc="Profiler output (debug=profile).")
+
+
+def config_hash(config: dict[str, Any]) -> str:
+    """Identity of a resolved configuration: 8 hex digits of the SHA-256 of its canonical JSON.
+
+    Args:
+        config: the plain dict that the job gets; ``name`` and ``resume`` do not count.
+    """
+    kept = {key: value for key, value in config.items() if key not in _NOT_IDENTITY}
+    text = json.dumps(kept, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def claim(
+    root: Path, name: str, hash: str, *, resume: str = "auto", path: Path | None = None
+) -> tuple[RunFolder, bool]:
+    """Claims a new run folder, or adopts an unfinished one of the same configuration whose owner is gone.
+
+    Args:
+        root: the folder of all runs; the new folder is ``root/name/<UTC time>-<hash>``.
+        name: the run's name.
+        hash: `config_hash` of the configuration.
+        resume: ``auto`` adopts the newest unfinished folder of the same hash, ``never`` always makes a new one.
+        path: the folder itself (the user named it); ``root`` and ``name`` are then ignored.
+
+    Returns:
+        The folder, which exists, and whether it was adopted.
+
+    Raises:
+        FolderRefused: the named folder belongs to another configuration, a finished run, or a run in progress.
+    """
+    if path is not None:
+        return _claim_named(path, hash, resume)
+    parent = root / name
+    parent.mkdir(parents=True, exist_ok=True)
+    with _one_at_a_time(parent):
+        if resume == "auto":
+            for candidate in sorted(parent.glob(f"*-{hash}*"), reverse=True):
+                status = read_status(candidate / "status.json")
+                if status.get("state") not in FINISHED_STATES and owner_is_gone(status) and status:
+                    return _own(candidate, hash), True
+        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+        for attempt in range(1000):
+            folder = parent / (f"{stamp}-{hash}" if attempt == 0 else f"{stamp}-{hash}-{attempt}")
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                continue
+            return _own(folder, hash), False
+    raise RuntimeError(f"no free run folder below {parent}")
+
+
+def _claim_named(path: Path, hash: str, resume: str) -> tuple[RunFolder, bool]:
+    path.mkdir(parents=True, exist_ok=True)
+    with _one_at_a_time(path):
+        status = read_status(path / "status.json")
+        if not status:
+            if any(item.name != ".claim" for item in path.iterdir()):
+                raise FolderRefused("an empty or new folder: this one holds other files")
+            return _own(path, hash), False
+        if not owner_is_gone(status):
+            raise FolderRefused(f"another folder: a run is in progress there ({_owner(status)})")
+        if status.get("config_hash") != hash or resume == "never":
+            raise FolderRefused("a new folder: this one holds a run of another configuration")
+        if status.get("state") in FINISHED_STATES:
+            raise FolderRefused(f"a new folder: this run is already {status['state']}")
+        return _own(path, hash), True
+
+
+def _owner(status: dict[str, Any]) -> str:
+    owner = status.get("owner", {})
+    return f"process {owner.get('pid')} on {owner.get('host')}"
+
+
+def _own(path: Path, hash: str) -> RunFolder:
+    """Writes our name into the folder while the lock is held, so that a second process sees it taken."""
+    from lightning_opt.run_folder.status import Status
+
+    before = read_status(path / "status.json")
+    status = Status(path / "status.json", hash)
+    status.step = int(before.get("step", 0))
+    status.write()
+    return RunFolder(path)
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Holds a lock on the folder for the moment of claiming; the kernel lets go of it when the process dies."""
+    import fcntl
+
+    with (folder / ".claim").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,118 @@
+"""Who runs in a folder and how it stands: ``status.json`` with a heartbeat."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning_opt.run_folder.records import read_json, write_json
+
+State = Literal["RUNNING", "FINISHED", "DIVERGED", "PREEMPTED", "FAILED"]
+STATES: tuple[State, ...] = ("RUNNING", "FINISHED", "DIVERGED", "PREEMPTED", "FAILED")
+FINISHED_STATES: tuple[State, ...] = ("FINISHED", "DIVERGED")
+"""States that the same command does not take up again: a diverged run is a result."""
+
+
+class Diverged(RuntimeError):
+    """Training left the finite numbers; the weights are those from before the step."""
+
+
+HEARTBEAT_S = 10.0
+STALE_S = 120.0
+
+
+def read_status(path: Path) -> dict[str, Any]:
+    """Reads ``status.json``; empty when there is none or a crash of the machine left it unreadable."""
+    try:
+        return read_json(path)
+    except ValueError:
+        return {}
+
+
+def owner_is_gone(status: dict[str, Any]) -> bool:
+    """Tells whether nobody works in the folder any more.
+
+    On this host the owner's process is looked up (its start time too, since numbers are used again); on another
+    host only a heartbeat older than two minutes says so.
+    """
+    owner = status.get("owner")
+    if not owner or status.get("state") != "RUNNING":
+        return True
+    if owner.get("host") != socket.gethostname():
+        return time.time() - float(owner.get("heartbeat", 0)) > STALE_S
+    return process_start(int(owner["pid"])) != owner.get("started")
+
+
+def process_start(pid: int) -> float | None:
+    """Start time of a live process in seconds since the epoch; None when there is none (a zombie is none)."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        if process.status() != psutil.STATUS_ZOMBIE:
+            return round(process.create_time(), 2)
+    return None
+
+
+class Status:
+    """The only writer of ``status.json``; a context manager whose thread keeps the heartbeat.
+
+    Args:
+        path: the file.
+        config_hash: identity of the configuration, kept in the file so that a folder of any name can be adopted.
+    """
+
+    def __init__(self, path: Path, config_hash: str):
+        self.path = path
+        self.state: State = "RUNNING"
+        self.step = 0
+        self.reason: str | None = None
+        self.config_hash = config_hash
+        self._owner = {"pid": os.getpid(), "host": socket.gethostname(), "started": process_start(os.getpid())}
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="status-heartbeat", daemon=True)
+
+    def __enter__(self) -> Status:
+        self.write()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(timeout=2 * HEARTBEAT_S)
+        self.write()
+
+    def set(self, state: State, reason: str | None = None) -> None:
+        """Changes the state and writes it at once.
+
+        Args:
+            state: one of `STATES`.
+            reason: one line that says why.
+        """
+        self.state, self.reason = state, reason
+        self.write()
+
+    def write(self) -> None:
+        """Writes the file now."""
+        with self._lock:
+            write_json(
+                self.path,
+                {
+                    "state": self.state,
+                    "step": self.step,
+                    "reason": self.reason,
+                    "config_hash": self.config_hash,
+                    "owner": {**self._owner, "heartbeat": round(time.time(), 2)},
+                },
+            )
+
+    def _beat(self) -> None:
+        while not self._stop.wait(HEARTBEAT_S):
+            with contextlib.suppress(OSError):  # a full disk must not kill the heartbeat: the next beat may succeed
+                self.write()

@@ -1,0 +1,111 @@
+"""The LightningModule of pretraining: loss, validation per corpus, one optimizer in automatic optimization."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, SumMetric
+
+from lightning_opt.models.loss import IGNORE, causal_lm_loss
+from lightning_opt.optim import Optimizer
+from lightning_opt.run_folder import Diverged
+
+
+class PretrainModule(pl.LightningModule):
+    """Trains a causal language model on token sequences.
+
+    Logs ``train/loss`` (nats per token) and ``lr/<role>`` each step; at validation ``val/loss/<corpus>``, ``val/loss``
+    (their mean weighted as the mixture is), ``val/perplexity`` = exp(val/loss) and ``val/bits_per_byte``.
+
+    Args:
+        model: causal language model whose forward returns ``logits``.
+        optimizer: an optimizer of ours over the model's parameters.
+        schedule: multiplier of the peak rate at step k (0-based).
+        corpora: name to mixture weight, in the order of the validation loaders.
+        token_bytes: int (V,), bytes that each token stands for, for bits per byte.
+        z_loss: weight of the squared log-partition in the objective.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        schedule: Callable[[int], float],
+        *,
+        corpora: Mapping[str, float],
+        token_bytes: Sequence[int] | Tensor,
+        z_loss: float = 0.0,
+    ):
+        super().__init__()
+        self.model = model
+        self.z_loss = z_loss
+        self.corpora = dict(corpora)
+        self._optimizer = optimizer
+        self._schedule = schedule
+        self._rates: dict[str, float] = {}
+        self._last_loss: Tensor | None = None
+        self._val_loss = nn.ModuleList(MeanMetric() for _ in self.corpora)
+        self._val_bytes = nn.ModuleList(SumMetric() for _ in self.corpora)
+        self._val_nats = nn.ModuleList(SumMetric() for _ in self.corpora)
+        self.register_buffer("token_bytes", torch.as_tensor(token_bytes, dtype=torch.int32), persistent=False)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """One optimizer, one schedule per step."""
+        scheduler = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._schedule)
+        return {"optimizer": self._optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
+        """Mean loss of one micro-batch of ``input_ids`` and ``labels``, int64 (B, T)."""
+        loss = causal_lm_loss(self.model, batch["input_ids"], batch["labels"], self.z_loss)
+        self._last_loss = loss.nll
+        self.log("train/loss", loss.nll, on_step=True, on_epoch=False, batch_size=len(batch["labels"]))
+        return loss.total
+
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        """Lets the optimizer clip by its groups' limits, and stops before a step that is not finite.
+
+        Raises:
+            Diverged: the gradient norm is infinite or NaN.
+        """
+        norm = float(self._optimizer.clip_())
+        if not math.isfinite(norm):
+            rate = max(group["lr"] for group in self._optimizer.param_groups)
+            raise Diverged(
+                f"gradient norm {norm} at step {self.trainer.global_step + 1} "
+                f"(loss {float(self._last_loss):.4g}, lr {rate:.3g}); the step was not taken"
+            )
+        self._rates = {f"lr/{group['role']}": group["lr"] for group in self._optimizer.param_groups}
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Logs the rates that this step used; the scheduler has already moved on."""
+        self.log_dict(self._rates, on_step=True, on_epoch=False)
+
+    def validation_step(self, batch: dict[str, Tensor], _: int, dataloader_idx: int = 0) -> None:
+        """Sums the loss of one corpus; labels of -100 do not count."""
+        labels = batch["labels"]
+        counted = labels != IGNORE
+        tokens = counted.sum()
+        nll = causal_lm_loss(self.model, batch["input_ids"], labels).nll
+        self._val_loss[dataloader_idx].update(nll, weight=tokens)
+        self._val_nats[dataloader_idx].update(nll * tokens)
+        self._val_bytes[dataloader_idx].update(self.token_bytes[labels.clamp(min=0)].mul(counted).sum())
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs each corpus's loss and the mixture's."""
+        losses = [metric.compute() for metric in self._val_loss]
+        weights = torch.tensor(list(self.corpora.values()), device=losses[0].device)
+        weights = weights / weights.sum()
+        mixture = (torch.stack(losses) * weights).sum()
+        bits = torch.stack(
+            [nats.compute() / math.log(2) / size.compute() for nats, size in zip(self._val_nats, self._val_bytes, strict=True)]
+        )
+        values = {f"val/loss/{name}": loss for name, loss in zip(self.corpora, losses, strict=True)}
+        values |= {"val/loss": mixture, "val/perplexity": mixture.exp(), "val/bits_per_byte": (bits * weights).sum()}
+        self.log_dict(values, sync_dist=False)  # the metrics have already met across ranks
+        for metric in (*self._val_loss, *self._val_nats, *self._val_bytes):
+            metric.reset()

@@ -1,0 +1,53 @@
+"""Number formats: which one a device should train in, and bf16 weights without bf16 buffers."""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch.plugins.precision import HalfPrecision
+from torch import nn
+
+
+class BFloat16Parameters(HalfPrecision):
+    """``bf16-true`` that casts parameters only.
+
+    Lightning's own plugin also casts buffers: rotary frequencies rounded to bf16 are off by radians at long
+    positions, and a router's correction bias stops moving.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("bf16-true")
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Casts floating-point parameters to bfloat16, keeping each Parameter object and every buffer."""
+        for parameter in module.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(torch.bfloat16)
+        return module
+
+    def convert_input(self, data: object) -> object:
+        """Leaves the batch alone: it holds token ids."""
+        return data
+
+
+def choose_device(accelerator: str) -> str:
+    """``cuda`` where the accelerator of the config means a GPU that is there, else ``cpu``."""
+    return "cuda" if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
+
+
+def choose_precision(precision: str, accelerator: str) -> tuple[str, str]:
+    """Resolves ``auto``.
+
+    Args:
+        precision: ``auto`` or one of Lightning's names.
+        accelerator: the config's accelerator, ``auto`` included.
+
+    Returns:
+        The precision and one line that says why.
+    """
+    if precision != "auto":
+        return precision, "asked for"
+    if choose_device(accelerator) == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16-mixed", "the GPU multiplies bfloat16 natively"
+        return "32-true", "this GPU has no native bfloat16"
+    return "32-true", "bfloat16 is slower than float32 on most CPUs"

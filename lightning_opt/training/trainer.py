@@ -1,0 +1,182 @@
+"""One fit: Lightning's Trainer as this project sets it up."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lightning_opt.plan import RunPlan
+from lightning_opt.run_folder import Status
+from lightning_opt.training.datamodule import TokenDataModule
+from lightning_opt.training.module import PretrainModule
+from lightning_opt.training.precision import BFloat16Parameters
+from lightning_opt.training.run_logger import RunLogger
+
+log = logging.getLogger("lightning_opt.training")
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """How a fit ended.
+
+    Attributes:
+        steps: optimizer steps done.
+        stopped_by: ``SIGTERM`` when the process was asked to end, else None.
+    """
+
+    steps: int
+    stopped_by: str | None = None
+
+
+class _Step(pl.Callback):
+    """Keeps the step in the run's status."""
+
+    def __init__(self, status: Status):
+        self._status = status
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._status.step = trainer.global_step
+
+
+def prepare(seed: int, num_threads: int | None) -> None:
+    """Seeds Python, NumPy and torch, and sets torch's threads: results depend on both.
+
+    Args:
+        seed: any non-negative integer.
+        num_threads: torch's threads, or None to leave them.
+    """
+    if num_threads:
+        torch.set_num_threads(num_threads)
+    pl.seed_everything(seed, workers=True, verbose=False)
+
+
+def fit(
+    module: PretrainModule,
+    data: TokenDataModule,
+    plan: RunPlan,
+    *,
+    config: Mapping[str, Any],
+    precision: str,
+    folder: Path,
+    columns: Sequence[str],
+    callbacks: Sequence[pl.Callback],
+    loggers: Sequence[Logger],
+    status: Status,
+) -> FitResult:
+    """Trains to the plan's last step and validates there.
+
+    Args:
+        module: what is trained.
+        data: its batches.
+        plan: steps, accumulation, validation interval.
+        config: the ``trainer`` group.
+        precision: resolved precision.
+        folder: the run folder; ``metrics.csv`` and ``profile/`` are written in it.
+        columns: metric names besides the common ones.
+        callbacks: in the order they are called.
+        loggers: further loggers of the user's.
+        status: told of every step.
+
+    Returns:
+        Steps done and what stopped the run early, if anything.
+
+    Raises:
+        Diverged: a loss or gradient was not finite.
+    """
+    validates = config["val_batches"] > 0
+    module.model.train()
+    if config.get("compile"):
+        module.model.compile()
+    run_logger = RunLogger(
+        folder / "metrics.csv",
+        columns,
+        tokens_per_step=plan.tokens_per_step,
+        current_step=lambda: trainer.global_step,
+    )
+    with _quiet():
+        trainer = _trainer(plan, config, precision, folder, [run_logger, *loggers], [*callbacks, _Step(status)])
+        try:
+            trainer.fit(module, data)
+            if validates and trainer.global_step % plan.val_every_n_steps:
+                trainer.validate(module, data, verbose=False)
+        except SIGTERMException:
+            return FitResult(trainer.global_step, "SIGTERM")
+        finally:
+            status.step = trainer.global_step
+            run_logger.close()
+    return FitResult(trainer.global_step)
+
+
+def _trainer(
+    plan: RunPlan,
+    config: Mapping[str, Any],
+    precision: str,
+    folder: Path,
+    loggers: list[Logger],
+    callbacks: list[pl.Callback],
+) -> pl.Trainer:
+    """Lightning's Trainer: one epoch of exactly the run's batches, validation by steps, nothing written by itself."""
+    trainer = pl.Trainer(
+        max_steps=plan.max_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=plan.accumulate,
+        val_check_interval=plan.val_every_n_steps * plan.accumulate,
+        check_val_every_n_epoch=None,
+        limit_val_batches=None if config["val_batches"] else 0,
+        num_sanity_val_steps=0,
+        accelerator=config["accelerator"],
+        devices=config["devices"],
+        num_nodes=config["num_nodes"],
+        strategy=config["strategy"],
+        log_every_n_steps=config["log_every_n_steps"],
+        deterministic=config["deterministic"],
+        profiler=_profiler(config.get("profiler"), folder / "profile"),
+        logger=loggers,
+        callbacks=callbacks,
+        default_root_dir=folder,
+        enable_checkpointing=False,
+        enable_progress_bar=any(isinstance(callback, pl.callbacks.ProgressBar) for callback in callbacks),
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        **_precision(precision),
+    )
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time and changes no result of ours
+    return trainer
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Lightning's notices and advertisements off the terminal; its warnings still reach run.log."""
+    noisy = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in noisy]
+    for logger in noisy:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(noisy, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _precision(precision: str) -> dict[str, Any]:
+    return {"plugins": [BFloat16Parameters()]} if precision == "bf16-true" else {"precision": precision}
+
+
+def _profiler(name: str | None, folder: Path) -> Any:
+    from lightning.pytorch.profilers import PyTorchProfiler, SimpleProfiler
+
+    if name is None:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    if name == "simple":
+        return SimpleProfiler(dirpath=folder, filename="simple")
+    return PyTorchProfiler(dirpath=folder, filename="pytorch", row_limit=30)

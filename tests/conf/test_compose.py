@@ -1,0 +1,143 @@
+"""Every file of every group composes, passes every check and hands over plain types; and what the files promise."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_opt import plan
+from lightning_opt.launch import Composer, plain_config
+from lightning_opt.launch.compose import CONF
+from lightning_opt.launch.preflight import check_job
+from lightning_opt.plan import ConfigError
+
+GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir() and folder.name != "hydra")
+FILES = [(group, file.stem) for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))]
+# Files that need something from the user, and the field that says so.
+NEEDS = {
+    ("data", "files"): "data.path",
+    ("data", "dclm_starcoder_proofpile"): "data.path",
+    ("model", "hf"): "model.path",
+}
+# Models of the study that come with part 2: their records are ready and wait for conf/model.
+AWAITED = {"llama_130m", "llama_300m", "llama_520m", "llama_1_2b"}
+
+
+@pytest.fixture(scope="module")
+def composer():
+    with Composer() as made:
+        yield made
+
+
+def text_of(group, name):
+    return (CONF / group / f"{name}.yaml").read_text()
+
+
+@pytest.mark.parametrize(("group", "name"), FILES, ids=[f"{group}={name}" for group, name in FILES])
+def test_every_file_is_a_right_choice(composer, group, name, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # evaluation=full needs the hub or a folder
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "0")
+    cfg = composer.compose([f"{group}={name}"])
+    if (group, name) in NEEDS:
+        with pytest.raises(ConfigError) as caught:
+            check_job(cfg)
+        assert caught.value.field == NEEDS[group, name]
+        assert "\n" not in str(caught.value)
+    else:
+        check_job(cfg)
+
+
+@pytest.mark.parametrize(("group", "name"), FILES, ids=[f"{group}={name}" for group, name in FILES])
+def test_every_file_opens_with_a_word_on_what_it_is_and_stays_short(group, name):
+    lines = text_of(group, name).splitlines()
+    assert lines[0].startswith("#")
+    assert len(lines) <= 40
+    packaged = lines[0] == "# @package _global_"
+    assert packaged == (group in {"experiment", "debug"})
+    if packaged:
+        assert lines[1].startswith("#")
+
+
+@pytest.mark.parametrize(
+    "group", [group for group in GROUPS if group in {"model", "data", "optimizer", "schedule", "scale", "evaluation"}]
+)
+def test_a_choice_says_its_own_name(group):
+    for file in (CONF / group).glob("*.yaml"):
+        content = yaml.safe_load(file.read_text())
+        key = "suite" if group == "evaluation" else "name"
+        assert content[key] == file.stem
+
+
+def test_every_experiment_and_debug_goes_with_every_optimizer(composer):
+    for group in ("experiment", "debug"):
+        for name in composer.options(group):
+            for optimizer in composer.options("optimizer"):
+                check_job(composer.compose([f"{group}={name}", f"optimizer={optimizer}"]))
+
+
+def test_every_tuned_record_names_what_exists(composer):
+    for record in plan.tuned_records():
+        assert record.optimizer in composer.options("optimizer")
+        assert record.model in {*composer.options("model"), *AWAITED}
+        assert set(record.scales) <= {*composer.options("scale"), "any"}
+
+
+def test_every_tuned_record_is_used_by_its_cell_and_sets_only_fields_that_exist(composer):
+    for record in plan.tuned_records():
+        if record.model not in composer.options("model"):
+            continue
+        scale = "demo" if "any" in record.scales else record.scales[0]
+        cell = [f"optimizer={record.optimizer}", f"model={record.model}", f"scale={scale}"]
+        cfg = composer.compose(cell)
+        assert cfg.hydra.runtime.choices["tuned"] == f"{record.optimizer}/{record.model}_{scale}"
+        config, plain = plain_config(cfg), plain_config(composer.compose([*cell, "~tuned"]))
+        for key, value in record.values.items():
+            node = config
+            for part in key.split("."):
+                node = node[part]
+            assert node == value
+            top, name = key.split(".")[:2]
+            assert name in plain[top], key
+
+
+@pytest.mark.parametrize("model", ["nano", "pico", "femto"])
+def test_stated_parameters_are_those_of_the_shape(composer, model):
+    stated = yaml.safe_load(text_of("model", model))["non_embedding_params"]
+    assert plain_config(composer.compose([f"model={model}"]))["model"]["non_embedding_params"] == stated
+
+
+def test_scales_are_multiples_of_twenty_tokens_per_parameter(composer):
+    for times in (1, 2, 4, 8, 16):
+        run = plan.check(plain_config(composer.compose([f"scale={times}x"])))
+        assert 0 <= 20 * 802_816 * times - run.tokens < run.tokens_per_step
+    demo = plan.check(plain_config(composer.compose([])))
+    assert (demo.tokens, demo.max_steps) == (1_638_400, 800)
+
+
+def test_smoke_is_small(composer):
+    config = plain_config(composer.compose(["debug=smoke"]))
+    assert plan.check(config).max_steps <= 20
+    assert config["model"]["name"] == "femto"
+    assert config["evaluation"]["limit"] <= 8
+
+
+def test_no_file_holds_a_secret_or_a_machines_path():
+    for file in CONF.rglob("*.yaml"):
+        text = file.read_text()
+        assert not re.search(r"(api_?key|password|secret|_token)\s*:\s*(?!null|\$\{oc\.env)\S", text, re.IGNORECASE), (
+            file
+        )
+        assert not re.search(r"(?<![\w.])/(home|root|work|tmp|mnt)/", text), file
+
+
+def test_train_yaml_names_every_group():
+    text = (CONF / "train.yaml").read_text()
+    named = [name for name in GROUPS if re.search(rf"^  - {name}: ", text, re.MULTILINE)]
+    assert named == GROUPS
+
+
+def test_train_py_fits_on_a_screen():
+    assert len((Path(CONF).parent / "train.py").read_text().splitlines()) <= 40

@@ -1,0 +1,139 @@
+"""Batches: the same whatever the workers, ranks and interruptions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_opt.data.batches import BatchLoader, loader
+from lightning_opt.data.mixture import Mixture, ValidationWindows
+from lightning_opt.data.shards import TokenStream
+
+
+@pytest.fixture
+def mixture(tmp_path: Path) -> Mixture:
+    np.arange(4001, dtype=np.uint16).tofile(tmp_path / "a.bin")
+    return Mixture({"a": TokenStream([tmp_path / "a.bin"], [4001], "uint16")}, {"a": 1.0}, sequence_length=8, seed=3)
+
+
+def inputs(batches: BatchLoader) -> list[list[list[int]]]:
+    return [batch["input_ids"].tolist() for batch in batches]
+
+
+def test_batches_hold_the_elements_in_order(mixture: Mixture) -> None:
+    batches = list(loader(mixture, batch_size=4, start=10, count=12))
+    assert len(batches) == 3
+    for b, batch in enumerate(batches):
+        for key in ("input_ids", "labels"):
+            assert batch[key].dtype == torch.int64
+            assert torch.equal(batch[key], torch.stack([mixture[10 + 4 * b + k][key] for k in range(4)]))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize(("workers", "context"), [(1, "fork"), (4, "fork"), (1, "spawn")])
+def test_workers_change_nothing(mixture: Mixture, workers: int, context: str) -> None:
+    alone = loader(mixture, batch_size=4, count=46)
+    many = loader(mixture, batch_size=4, count=46, num_workers=workers, multiprocessing_context=context)
+    first = inputs(alone)
+    assert len(first) == len(alone) == 12
+    assert inputs(many) == first
+    assert inputs(many) == first  # persistent workers start over rightly
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stop", [0, 1, 5, 11, 12])
+def test_the_state_is_one_integer_and_resumes_exactly(mixture: Mixture, workers: int, stop: int) -> None:
+    whole = inputs(loader(mixture, batch_size=4, count=48))
+    first = loader(mixture, batch_size=4, count=48, num_workers=workers)
+    seen = []
+    iterator = iter(first)
+    for _ in range(stop):
+        seen.append(next(iterator)["input_ids"].tolist())
+    state = first.state_dict()
+    assert state == {"batches": stop}
+    second = loader(mixture, batch_size=4, count=48, num_workers=workers)
+    second.load_state_dict(state)
+    assert len(second) == 12
+    assert second.state_dict() == state
+    assert seen + inputs(second) == whole
+    assert inputs(second) == whole  # the pass after the resumed one is a full one
+
+
+def test_a_state_of_another_loader_is_refused(mixture: Mixture) -> None:
+    with pytest.raises(ValueError, match="batch 13, this loader has 12"):
+        loader(mixture, batch_size=4, count=48).load_state_dict({"batches": 13})
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_step_sees_the_same_elements_on_any_world_size(mixture: Mixture, world: int) -> None:
+    """Global batch of 8 sequences per step, as 1 x 8, 2 x 4 or 4 x 2, with and without accumulation."""
+    for micro in (8 // world, max(8 // world // 2, 1)):
+        ranks = [
+            [batch["input_ids"] for batch in loader(mixture, batch_size=micro, count=32, rank=r, world_size=world)]
+            for r in range(world)
+        ]
+        assert len({len(batches) for batches in ranks}) == 1
+        flat = torch.cat([torch.cat(together) for together in zip(*ranks, strict=True)])
+        assert torch.equal(flat, torch.stack([mixture[k]["input_ids"] for k in range(32)]))
+
+
+def test_an_incomplete_last_batch_loses_nothing(tmp_path: Path) -> None:
+    np.arange(100, dtype=np.uint16).tofile(tmp_path / "v.bin")
+    windows = ValidationWindows(TokenStream([tmp_path / "v.bin"], [100], "uint16"), sequence_length=9, pad_id=0)
+    sizes = {}
+    for rank in (0, 1):
+        batches = loader(windows, batch_size=4, rank=rank, world_size=2)
+        sizes[rank] = [len(batch["labels"]) for batch in batches]
+        assert len(batches) == len(sizes[rank])
+    assert sizes == {0: [4, 3], 1: [4]}
+    assert sum(map(sum, sizes.values())) == len(windows) == 11
+
+
+def test_the_global_random_state_is_left_alone(mixture: Mixture) -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    inputs(loader(mixture, batch_size=4, count=16))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"batch_size": 0}, {"start": -1}, {"count": -1}, {"rank": 2, "world_size": 2}, {"num_workers": -1}]
+)
+def test_numbers_out_of_range(mixture: Mixture, wrong: dict) -> None:
+    with pytest.raises(ValueError, match="batch_size"):
+        loader(mixture, **{"batch_size": 2, **wrong})
+
+
+@pytest.mark.slow
+def test_lightning_resumes_in_the_middle_of_a_pass(mixture: Mixture, tmp_path: Path) -> None:
+    import lightning.pytorch as pl
+
+    class Record(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+            self.seen: list[list[list[int]]] = []
+
+        def training_step(self, batch: dict, _: int) -> torch.Tensor:
+            self.seen.append(batch["input_ids"].tolist())
+            return self.weight.sum()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def run(steps: int, checkpoint: Path | None) -> tuple[pl.Trainer, list]:
+        options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = pl.Trainer(accelerator="cpu", max_steps=steps, enable_checkpointing=False, **options)
+        module = Record()
+        trainer.fit(module, loader(mixture, batch_size=4, count=48), ckpt_path=checkpoint)
+        return trainer, module.seen
+
+    _, whole = run(12, None)
+    trainer, first = run(5, None)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    _, second = run(12, tmp_path / "a.ckpt")
+    assert len(whole) == 12
+    assert first + second == whole

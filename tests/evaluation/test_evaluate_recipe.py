@@ -1,0 +1,133 @@
+"""The command line of ours, and lm-eval's own on the same task files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_opt.evaluation import evaluate, sandbox
+from lightning_opt.evaluation.offline import write_tasks
+
+ISOLATED, WHY = sandbox.available()
+
+
+def recipe(repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "recipes.evaluate", *arguments]
+    return subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["/no/such/run"], "must be a run folder with model/"),
+        (["{checkpoint}", "--tasks", "hellasawg"], "did you mean hellaswag?"),
+        (["{checkpoint}", "--suite", "ful"], "did you mean full?"),
+        (["{checkpoint}", "--suite", "full", "--data-dir", "/no/such/folder"], "humaneval.jsonl"),
+        (["{checkpoint}", "{checkpoint}", "--out", "x.json"], "one plain checkpoint"),
+        (["{checkpoint}", "{checkpoint}", "--export-tasks", "x"], "one PATH"),
+    ],
+)
+def test_wrong_input_is_refused_before_torch(
+    repository: Path, checkpoint: Path, arguments: list[str], said: str
+) -> None:
+    filled = [argument.format(checkpoint=checkpoint) for argument in arguments]
+    code = (
+        "import sys; from recipes.evaluate import main; status = main(sys.argv[1:]);"
+        "print(sorted({'torch', 'lm_eval', 'transformers'} & set(sys.modules))); sys.exit(status)"
+    )
+    command = [sys.executable, "-c", code, *filled]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == "[]\n"
+
+
+def test_help_shows_examples(repository: Path) -> None:
+    done = recipe(repository, "--help")
+    assert done.returncode == 0
+    assert "--data-dir ../shared/data/eval" in done.stdout
+
+
+def test_plain_checkpoint_is_scored_and_kept(repository: Path, checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "scores.json"
+    before = sorted(path.name for path in checkpoint.iterdir())
+    done = recipe(
+        repository, str(checkpoint), "--tasks", "hellaswag", "--limit", "8", "--device", "cpu", "--out", str(out)
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    results = json.loads(out.read_text())
+    assert results["n-samples"]["hellaswag"]["effective"] == 8
+    assert f"{results['results']['hellaswag']['acc_norm,none']:.4f}" in done.stdout
+    assert "not comparable" in done.stdout
+    assert sorted(path.name for path in checkpoint.iterdir()) == before
+
+
+def test_run_folder_gets_its_results(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repository: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(repository))
+    from recipes import evaluate as door
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model").symlink_to(checkpoint)
+    refreshed = []
+    monkeypatch.setattr(door, "refresh", refreshed.append)
+    assert door.main([str(tmp_path / "run"), "--tasks", "mmlu", "--limit", "6", "--device", "cpu"]) == 0
+    results = json.loads((tmp_path / "run" / "evaluation" / "results.json").read_text())
+    assert results["summary"]["mmlu"]["n"] == 6
+    assert refreshed == [tmp_path / "run"]
+
+
+def test_export_prints_a_command_and_needs_no_torch(repository: Path, checkpoint: Path, tmp_path: Path) -> None:
+    done = recipe(repository, str(checkpoint), "--export-tasks", str(tmp_path / "tasks"), "--tasks", "mmlu,humaneval")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("lm-eval run --model hf")
+    assert "--confirm_run_unsafe_code" in done.stdout
+    assert (tmp_path / "tasks" / "humaneval.yaml").read_text().count("max_gen_toks: 64") == 1
+
+
+def test_hub_tasks_keep_the_stock_source(tmp_path: Path) -> None:
+    write_tasks(tmp_path, suite="full", tasks=["hellaswag", "mmlu", "humaneval"], context_length=2048)
+    text = "".join(path.read_text() for path in tmp_path.glob("*.yaml"))
+    assert "custom_dataset" not in text
+    assert len(list(tmp_path.glob("mmlu_*.yaml"))) == 57
+    write_tasks(tmp_path / "few", suite="full", tasks=["mmlu"], context_length=2048, limit=57)
+    anatomy = (tmp_path / "few" / "mmlu_anatomy.yaml").read_text()
+    assert '"take": {"test": 1}' in anatomy
+    assert '"hub": ["cais/mmlu", "anatomy"]' in anatomy
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not ISOLATED, reason=WHY)
+@pytest.mark.parametrize("suite", ["mini", "full"])
+def test_lm_evals_own_command_line_gives_the_same_numbers(
+    suite: str, model: Any, tokenizer: Any, checkpoint: Path, tmp_path: Path, repository: Path, shared_data: Path
+) -> None:
+    config = {"suite": suite, "batch_size": 16, "max_gen_toks": 16}
+    config |= {"data_dir": str(shared_data / "eval"), "limit": 50} if suite == "full" else {}
+    evaluate(model, tokenizer, config, tmp_path / "evaluation")
+    ours = json.loads((tmp_path / "evaluation" / "results.json").read_text())
+    command = [
+        sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={checkpoint},dtype=float32",
+        "--include_path", str(tmp_path / "evaluation" / "tasks"), "--tasks", "hellaswag,mmlu,humaneval", "--device", "cpu",
+        "--batch_size", "16", "--confirm_run_unsafe_code", "--output_path", str(tmp_path / "cli.json"),
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(repository), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    theirs = json.loads(next(tmp_path.glob("cli*.json")).read_text())
+    assert theirs["n-samples"] == ours["n-samples"]
+    assert theirs["n-shot"] == ours["n-shot"]
+    assert theirs["results"].keys() == ours["results"].keys()
+    for name, scores in theirs["results"].items():
+        for key, value in scores.items():
+            if isinstance(value, float):
+                assert ours["results"][name][key] == pytest.approx(value, abs=1e-12), (name, key)

@@ -1,0 +1,224 @@
+"""Evil candidates: each is contained, counted as failed, and leaves the next one and the machine alone."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from lightning_opt.evaluation import sandbox
+from lightning_opt.evaluation.sandbox import Limits, Sandbox
+
+ISOLATED, WHY = sandbox.available()
+pytestmark = pytest.mark.skipif(not ISOLATED, reason=WHY)
+
+SECONDS = 1.0
+
+
+@pytest.fixture(scope="module")
+def room() -> Sandbox:
+    with Sandbox(Limits(seconds=SECONDS)) as opened:
+        yield opened
+
+
+@pytest.fixture(autouse=True)
+def _others_are_unaffected(room: Sandbox) -> None:
+    """After whatever the test ran, the same room still tells right from wrong, from a clean start."""
+    yield
+    assert room.run("import os\nassert os.listdir('/tmp') == []\nassert 1 + 1 == 2").passed
+    assert not room.run("assert 1 + 1 == 3").passed
+    user = room.user
+    held = [entry for entry in os.scandir("/proc") if entry.name.isdigit() and entry.stat().st_uid == user]
+    assert held == []
+
+
+EVIL = {
+    "endless loop": "while True: pass",
+    "sleeps": "import time; time.sleep(60)",
+    "fork bomb": "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
+    "thread bomb": "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(60,)).start()",
+    "ten gigabytes": "x = [0] * (10 * 2**30 // 8)",
+    "grows": "x = []\nwhile True: x.append(bytearray(2**20))",
+    "deep recursion": "def f(): return f()\nf()",
+    "deep recursion without limit": "import sys\nsys.setrecursionlimit(10**9)\ndef f(): return f()\nf()",
+    "input": "input()",
+    "gigabyte of output": "import sys\nfor _ in range(1024): sys.stdout.write('x' * 2**20)\nraise SystemExit",
+    "os._exit": "import os\nos._exit(0)\nassert False",
+    "sys.exit": "import sys\nsys.exit(0)\nassert False",
+    "quits": "raise SystemExit(0)",
+    "kills all": "import os\nos.kill(-1, 9)",
+    "kills process 1": "import os\nos.kill(1, 9)\nassert False",
+    "kills its parent": "import os\nos.kill(os.getppid(), 9)\nassert False",
+    "kills itself": "import os\nos.kill(os.getpid(), 9)",
+    "stops itself": "import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)",
+    "ignores signals": "import signal\nfor n in range(1, 32):\n    try: signal.signal(n, signal.SIG_IGN)\n"
+    "    except (OSError, ValueError): pass\nwhile True: pass",
+    "alarm": "import signal, time\nsignal.alarm(1)\ntime.sleep(60)",
+    "big file": "open('/tmp/x', 'wb').write(b'x' * 2**26)",
+    "many files": "for n in range(10**6): open(f'/tmp/{n}', 'w').close()",
+    "many descriptors": "files = [open('/dev/null') for _ in range(1000)]",
+    "closes everything": "import os\nos.closerange(0, 1000)\nos._exit(0)",
+    "floods its report": "import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'passed' * 9)\n    except OSError: pass\n"
+    "os._exit(0)",
+    "syntax error": "def f(:\n",
+    "null byte": "x = 1\0",
+    "replaces builtins": "import builtins\nfor n in ('BaseException', 'Exception', 'type', 'open', 'exec'):\n"
+    "    setattr(builtins, n, None)\nraise ValueError",
+    "crashes": "import ctypes\nctypes.string_at(0)",
+    "raises in str": "class E(BaseException):\n    def __str__(self): raise self\nraise E",
+}
+
+
+@pytest.mark.parametrize("name", EVIL)
+def test_evil_candidate_fails(room: Sandbox, name: str) -> None:
+    started = time.monotonic()
+    verdict = room.run(EVIL[name])
+    assert not verdict.passed
+    assert time.monotonic() - started < SECONDS + 4
+
+
+def passes(room: Sandbox, program: str) -> None:
+    verdict = room.run(program)
+    assert verdict.passed, verdict.reason
+
+
+def test_nothing_can_be_removed_or_written_outside(room: Sandbox, tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    canary.write_text("alive")
+    room.run("import shutil\nshutil.rmtree('/', ignore_errors=True)")
+    assert Path(os.__file__).exists()
+    passes(
+        room,
+        f"import os\nassert not os.path.exists({str(canary)!r})\n"
+        "for place in ('/x', '/dev/x', '/usr/lib/x', os.path.dirname(os.__file__) + '/x', '/dev/shm/x', '/var/tmp/x'):\n"
+        "    try: open(place, 'w')\n    except OSError: continue\n    raise AssertionError(place)",
+    )
+    assert canary.read_text() == "alive"
+    passes(room, "open('/tmp/mine', 'w').write('x')")
+
+
+def test_host_secrets_are_not_there(room: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    canary = Path.home() / f".canary-{os.getpid()}"
+    canary.write_text("secret")
+    try:
+        with Sandbox() as fresh:
+            passes(fresh, "import os\nassert set(os.environ) <= {'LC_CTYPE'}, dict(os.environ)")
+            for path in (canary, Path("/etc/passwd"), Path("/proc/1/environ"), Path("/proc/self/mem"), Path(__file__)):
+                passes(fresh, f"import os\nassert not os.path.lexists({str(path)!r})")
+            passes(fresh, "import os\nassert os.listdir('/dev') and not os.path.exists('/dev/shm')")
+    finally:
+        canary.unlink()
+
+
+def test_no_network(room: Sandbox) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        reached = []
+        threading.Thread(target=lambda: reached.append(server.accept()), daemon=True).start()
+        verdict = room.run(f"import socket\nsocket.create_connection(('127.0.0.1', {port}), timeout=1)")
+        assert not verdict.passed
+        assert reached == []
+        name = f"\0lightning-opt-{os.getpid()}"
+        with socket.socket(socket.AF_UNIX) as abstract:
+            abstract.bind(name)
+            abstract.listen()
+            attempt = f"import socket\nsocket.socket(socket.AF_UNIX).connect({name!r})"
+            assert not room.run(attempt).passed
+
+
+def test_user_has_no_rights_and_can_gain_none(room: Sandbox) -> None:
+    passes(
+        room,
+        "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+        f"assert os.getuid() == os.geteuid() == {room.user}\n"
+        "assert libc.unshare(0x10000000) == -1\nassert libc.unshare(0x20000) == -1\n"
+        "assert libc.mount(b'x', b'/tmp', b'tmpfs', 0, None) == -1\nassert libc.ptrace(16, 1, 0, 0) == -1\n"
+        "assert libc.prctl(39, 0, 0, 0, 0) == 1\nassert libc.shmget(0, 4096, 0o1600) == -1\n"
+        "for call in (lambda: os.setuid(0), lambda: os.chroot('/tmp'), lambda: os.nice(-5)):\n"
+        "    try: call()\n    except OSError: continue\n    raise AssertionError",
+    )
+    passes(room, "import os\nassert os.getpid() > 1\ntry: os.kill(1, 0)\nexcept PermissionError: pass")
+
+
+def test_a_daemon_does_not_outlive_its_program(room: Sandbox) -> None:
+    passes(
+        room,
+        "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep(60)\n    os._exit(0)",
+    )
+
+
+def test_a_forked_child_cannot_speak_for_its_parent(room: Sandbox) -> None:
+    assert not room.run("import os\nif os.fork():\n    os._exit(0)\n").passed
+
+
+def test_programs_do_not_influence_each_other(room: Sandbox) -> None:
+    passes(room, "import math, builtins\nmath.pi = 3\nbuiltins.len = None\nopen('/tmp/left', 'w').close()")
+    passes(room, "import math, os\nassert math.pi > 3 and len('ab') == 2 and os.listdir('/tmp') == []")
+
+
+def test_room_comes_back_after_its_death(room: Sandbox) -> None:
+    with Sandbox() as fragile:
+        fragile.run("x = 1")
+        fragile._process.kill()
+        fragile._process.wait()
+        fragile.run("x = 1")
+        assert fragile.run("x = 1").passed
+
+
+def test_room_ends_with_its_owner(tmp_path: Path) -> None:
+    code = (
+        "import os\nfrom lightning_opt.evaluation.sandbox import Sandbox\n"
+        "room = Sandbox()\nroom.start()\nprint(room._process.pid, flush=True)\nos.kill(os.getpid(), 9)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    pid = int(done.stdout)
+    for _ in range(100):
+        if not Path(f"/proc/{pid}").exists() or "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text():
+            return
+        time.sleep(0.05)
+    pytest.fail("the sandbox outlived its owner")
+
+
+def test_no_isolation_no_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox.sys, "platform", "darwin")
+    with pytest.raises(sandbox.SandboxError, match="darwin"):
+        Sandbox().run("x = 1")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="changes to an ordinary user")
+def test_an_ordinary_user_gets_the_same_isolation(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """As nobody, with the system's Python (ours may lie where nobody cannot read)."""
+    import shutil
+    import tempfile
+
+    python = shutil.which("python3", path="/usr/bin:/usr/local/bin")
+    if python is None:
+        pytest.skip("no system Python")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        folder.chmod(0o755)
+        for name in ("sandbox.py", "sandbox_kernel.py", "sandbox_server.py"):
+            shutil.copy(Path(sandbox.__file__).parent / name, folder / name)
+            (folder / name).chmod(0o644)
+        code = (
+            "import sandbox, time\nok, why = sandbox.available()\nprint(ok, why)\n"
+            "room = sandbox.Sandbox(sandbox.Limits(seconds=1))\n"
+            "for bad in ('import os; os._exit(0)', 'while True: pass', 'import os\\nos.kill(-1, 9)\\nassert 0',\n"
+            "            'import ctypes; assert ctypes.CDLL(None).ptrace(16, 1, 0, 0) == 0'):\n"
+            "    assert not room.run(bad).passed, bad\n"
+            "assert room.run('x = 1').passed\nprint('done')\n"
+        )
+        done = subprocess.run(
+            [python, "-c", code], capture_output=True, text=True, cwd=folder, user="nobody", group="nogroup",
+            extra_groups=[], env={"PATH": "/usr/bin:/bin", "HOME": "/nonexistent"}, check=False,
+        )  # fmt: skip
+    if done.stdout.startswith("False no sandbox"):
+        pytest.skip(done.stdout.strip())
+    assert done.stdout == "True isolated\ndone\n", done.stdout + done.stderr

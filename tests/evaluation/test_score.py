@@ -1,0 +1,250 @@
+"""Scores of a tiny model in memory, against computations that share nothing with ours."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_opt.evaluation import evaluate, sandbox, score
+from lightning_opt.evaluation.suites import MINI_DIR, read_documents
+from lightning_opt.plan import ConfigError
+
+ISOLATED, WHY = sandbox.available()
+
+
+@pytest.fixture(scope="module")
+def scored(model: Any, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict, Path]:
+    output = tmp_path_factory.mktemp("run") / "evaluation"
+    block = evaluate(model, tokenizer, {"suite": "mini", "max_gen_toks": 16}, output)
+    return block, json.loads((output / "results.json").read_text()), output
+
+
+def direct_loglikelihood(model: Any, tokenizer: Any, context: str, continuation: str) -> float:
+    """By one token at a time from a plain softmax; the split is at the context's number of tokens."""
+    blank = len(context) - len(context.rstrip())
+    start = len(tokenizer.encode(context[: len(context) - blank]))
+    tokens = tokenizer.encode(context + continuation)
+    room = model.config.max_position_embeddings
+    total = 0.0
+    offset = max(0, len(tokens) - 1 - room)
+    with torch.no_grad():
+        logits = model.eval()(torch.tensor([tokens[offset:-1]])).logits[0].double()
+    for position in range(start, len(tokens)):
+        row = logits[position - 1 - offset]
+        total += float(row[tokens[position]] - torch.logsumexp(row, 0))
+    return total
+
+
+def test_summary_has_what_other_rooms_were_promised(scored: tuple[dict, dict, Path]) -> None:
+    block, results, output = scored
+    assert block["suite"] == "mini"
+    assert block["comparable"] is False
+    for task, metric, n, shots, chance in (("hellaswag", "acc_norm", 64, 0, 0.25), ("mmlu", "acc", 60, 5, 0.25)):
+        entry = block[task]
+        assert (entry["metric"], entry["n"], entry["shots"], entry["chance"]) == (metric, n, shots, chance)
+        assert 0 <= entry["value"] <= 1
+        assert entry["stderr"] > 0
+    assert results["summary"] == block
+    assert {"results", "groups", "configs", "versions", "n-shot", "n-samples", "higher_is_better"} <= results.keys()
+    assert results["suite"] == "mini"
+    assert results["n-shot"]["mmlu_sums"] == 5
+    assert results["truncated"]["hellaswag"] == block["hellaswag"]["truncated"]
+    assert (output / "tasks" / "_mmlu.yaml").is_file()
+
+
+@pytest.mark.skipif(not ISOLATED, reason=WHY)
+def test_humaneval_is_scored(scored: tuple[dict, dict, Path]) -> None:
+    entry = scored[0]["humaneval"]
+    assert (entry["metric"], entry["n"], entry["chance"], entry["value"]) == ("pass@1", 40, 0.0, 0.0)
+
+
+def test_hellaswag_equals_a_direct_computation(model: Any, tokenizer: Any, scored: tuple[dict, dict, Path]) -> None:
+    plain, normed = [], []
+    for item in read_documents(MINI_DIR / "hellaswag_val.jsonl"):
+        context = f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}"
+        values = [direct_loglikelihood(model, tokenizer, context, f" {ending}") for ending in item["endings"]]
+        gold = int(item["label"])
+        plain.append(int(np.argmax(values)) == gold)
+        per_byte = [value / len(ending) for value, ending in zip(values, item["endings"], strict=True)]
+        normed.append(int(np.argmax(per_byte)) == gold)
+    entry = scored[0]["hellaswag"]
+    assert entry["acc"] == pytest.approx(np.mean(plain))
+    assert entry["value"] == pytest.approx(np.mean(normed))
+    assert entry["stderr"] == pytest.approx(np.std(normed, ddof=1) / np.sqrt(len(normed)))
+
+
+def test_mmlu_equals_a_direct_computation_with_left_cut_prompts(
+    model: Any, tokenizer: Any, scored: tuple[dict, dict, Path]
+) -> None:
+    shots: dict[str, list[dict]] = {}
+    for item in read_documents(MINI_DIR / "mmlu_dev.jsonl"):
+        shots.setdefault(item["subject"], []).append(item)
+
+    def asked(item: dict) -> str:
+        lettered = "".join(f"\n{letter}. {choice}" for letter, choice in zip("ABCD", item["choices"], strict=True))
+        return f"{item['question']}{lettered}\nAnswer:"
+
+    right, cut = [], 0
+    for item in read_documents(MINI_DIR / "mmlu_test.jsonl"):
+        subject = item["subject"]
+        prompt = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
+        prompt += "".join(f"{asked(shot)} {'ABCD'[shot['answer']]}\n\n" for shot in shots[subject]) + asked(item)
+        values = [direct_loglikelihood(model, tokenizer, prompt, f" {letter}") for letter in "ABCD"]
+        right.append(int(np.argmax(values)) == item["answer"])
+        cut += len(tokenizer.encode(f"{prompt} A")) > model.config.max_position_embeddings + 1
+    entry = scored[0]["mmlu"]
+    assert entry["value"] == pytest.approx(np.mean(right))
+    assert entry["truncated"] == cut > 0
+
+
+def test_loglikelihood_does_not_depend_on_the_batch(model: Any, tokenizer: Any) -> None:
+    from lm_eval.api.instance import Instance
+
+    from lightning_opt.evaluation.adapter import CountingLM
+
+    pairs = [
+        ("The file is", " opened for reading."),
+        ("It", " returns"),
+        ("x" * 600, " is cut"),
+        ("", "nothing before"),
+    ]
+    pairs += [(f"{left} + {left} =", f" {right}") for left in range(4) for right in range(4)]
+    answers = {}
+    for size in (1, 8):
+        lm = CountingLM(model, tokenizer, batch_size=size, max_length=256)
+        requests = [Instance("loglikelihood", {}, pair, 0, ("task", index, 1)) for index, pair in enumerate(pairs)]
+        answers[size] = lm.loglikelihood(requests)
+        assert lm.cut["task"] == {2}
+    for one, many, (context, continuation) in zip(answers[1], answers[8], pairs, strict=True):
+        assert one[0] == pytest.approx(many[0], abs=1e-3)
+        assert one[1] == many[1]
+        if context:
+            assert one[0] == pytest.approx(direct_loglikelihood(model, tokenizer, context, continuation), abs=1e-3)
+
+
+def test_no_continuation_crashes_the_scoring(model: Any, tokenizer: Any) -> None:
+    from lm_eval.api.instance import Instance
+
+    from lightning_opt.evaluation.adapter import CountingLM
+
+    lm = CountingLM(model, tokenizer, batch_size=4, max_length=256)
+    pairs = [("a", " word" * 700), ("word", ""), (" ", "x"), ("\N{SNOWMAN}", "\0")]
+    requests = [Instance("loglikelihood", {}, pair, 0, ("task", index, 1)) for index, pair in enumerate(pairs)]
+    assert all(np.isfinite(value) for value, _ in lm.loglikelihood(requests))
+    assert 0 in lm.cut["task"]
+
+
+def test_batch_size_does_not_change_scores(
+    model: Any, tokenizer: Any, tmp_path: Path, scored: tuple[dict, dict, Path]
+) -> None:
+    one = evaluate(model, tokenizer, {"batch_size": 1, "tasks": ["hellaswag", "mmlu"]}, tmp_path)
+    assert one["humaneval"] == {"skipped": "not in evaluation.tasks"}
+    assert {task: one[task] for task in ("hellaswag", "mmlu")} == {
+        task: scored[0][task] for task in ("hellaswag", "mmlu")
+    }
+
+
+def test_model_and_randomness_are_left_as_they_were(make_model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    model = make_model().train()
+    model.lm_head.eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    pad = tokenizer.pad_token
+    torch.manual_seed(5), random.seed(5), np.random.seed(5)
+    expected = torch.rand(1).item(), random.random(), np.random.rand()
+    torch.manual_seed(5), random.seed(5), np.random.seed(5)
+    evaluate(model, tokenizer, {"limit": 4, "tasks": ["hellaswag"]}, tmp_path)
+    assert (torch.rand(1).item(), random.random(), np.random.rand()) == expected
+    assert model.training
+    assert not model.lm_head.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert tokenizer.pad_token == pad
+
+
+def test_nothing_is_said_on_the_terminal(
+    model: Any, tokenizer: Any, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    evaluate(model, tokenizer, {"limit": 4, "max_gen_toks": 4}, tmp_path / "evaluation")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_equal_choices_are_reported_as_a_broken_scorer(
+    make_model: Any, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    found = evaluate(model, tokenizer, {"tasks": ["mmlu"]}, tmp_path)["mmlu"]
+    first_is_right = np.mean([item["answer"] == 0 for item in read_documents(MINI_DIR / "mmlu_test.jsonl")])
+    assert found["degenerate"] is True
+    assert found["value"] == pytest.approx(first_is_right)
+    assert "broken" in caplog.text
+
+
+def test_without_a_sandbox_humaneval_is_skipped_before_any_generation(
+    model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(score, "available", lambda: (False, "no sandbox for generated code: no namespaces"))
+    monkeypatch.setattr(type(model), "generate", lambda *_, **__: pytest.fail("generated"))
+    block = evaluate(model, tokenizer, {"limit": 4, "tasks": ["hellaswag", "humaneval"]}, tmp_path)
+    assert block["humaneval"] == {"skipped": "no sandbox for generated code: no namespaces"}
+    assert block["hellaswag"]["n"] == 4
+    assert json.loads((tmp_path / "results.json").read_text())["skipped"]["humaneval"].startswith("no sandbox")
+
+
+@pytest.mark.skipif(not ISOLATED, reason=WHY)
+def test_one_failing_task_does_not_lose_the_others(
+    model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(type(model), "generate", fail)
+    block = evaluate(model, tokenizer, {"limit": 4}, tmp_path)
+    assert block["humaneval"] == {"skipped": "failed: MemoryError: no room"}
+    assert block["hellaswag"]["n"] == block["mmlu"]["n"] == 4
+
+
+@pytest.mark.skipif(not ISOLATED, reason=WHY)
+def test_a_model_that_writes_the_solutions_gets_full_marks(
+    model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    answers = {item["prompt"]: item["canonical_solution"] for item in read_documents(MINI_DIR / "humaneval.jsonl")}
+    monkeypatch.setattr(HFLM, "generate_until", lambda _, requests, **__: [answers[each.args[0]] for each in requests])
+    entry = evaluate(model, tokenizer, {"tasks": ["humaneval"]}, tmp_path)["humaneval"]
+    assert (entry["value"], entry["n"]) == (1.0, 40)
+
+
+def test_none_scores_nothing(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    block = evaluate(model, tokenizer, {"suite": "none"}, tmp_path / "evaluation")
+    assert block["suite"] == "none"
+    assert all("skipped" in block[task] for task in ("hellaswag", "mmlu", "humaneval"))
+    assert not (tmp_path / "evaluation").exists()
+
+
+def test_tokenizer_without_special_tokens_is_refused(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    import copy
+
+    bare = copy.deepcopy(tokenizer)
+    bare.eos_token = None
+    with pytest.raises(ConfigError, match="end-of-text"):
+        evaluate(model, bare, {}, tmp_path)
+
+
+def test_real_sets_with_a_limit(model: Any, tokenizer: Any, tmp_path: Path, shared_data: Path) -> None:
+    config = {"suite": "full", "data_dir": str(shared_data / "eval"), "limit": 10, "tasks": ["hellaswag", "mmlu"]}
+    block = evaluate(model, tokenizer, config, tmp_path)
+    assert block["comparable"] is False
+    assert block["hellaswag"]["n"] == block["mmlu"]["n"] == 10
+    assert block["mmlu"]["stderr"] > 0
+    assert block["mmlu"]["truncated"] == 10
+    assert len(list((tmp_path / "tasks").glob("mmlu_*.yaml"))) == 10

@@ -1,0 +1,103 @@
+"""Checks before anything heavy, and how a limit is spread."""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_opt.evaluation import suites
+from lightning_opt.plan import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("config", "field", "hint"),
+    [
+        ({"suite": "mnii"}, "evaluation.suite", "did you mean mini?"),
+        ({"tasks": ["hellaswag", "hummaneval"]}, "evaluation.tasks", "did you mean humaneval?"),
+        ({"tasks": []}, "evaluation.tasks", "list"),
+        ({"tasks": "mmlu"}, "evaluation.tasks", "list"),
+        ({"tasks": ["mmlu", "mmlu"]}, "evaluation.tasks", "once"),
+        ({"limit": 0}, "evaluation.limit", "1 or more or null"),
+        ({"limit": True}, "evaluation.limit", "whole number"),
+        ({"limit": 2.5}, "evaluation.limit", "whole number"),
+        ({"batch_size": None}, "evaluation.batch_size", "whole number"),
+        ({"sandbox_seconds": 0}, "evaluation.sandbox_seconds", "seconds"),
+        ({"limt": 3}, "evaluation", "did you mean limit?"),
+        ({"suite": "full", "data_dir": "/no/such/folder"}, "evaluation.data_dir", "mmlu_dev.jsonl"),
+    ],
+)
+def test_wrong_configuration_is_refused_in_one_line(config: dict, field: str, hint: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        suites.check(config)
+    assert refused.value.field == field
+    assert hint in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_defaults_and_none_are_right() -> None:
+    suites.check({})
+    suites.check({"suite": "none"})
+    suites.check(dict(suites.DEFAULTS))
+
+
+def test_missing_files_are_listed(tmp_path: Path, shared_data: Path) -> None:
+    shutil.copy(shared_data / "eval" / "mmlu_test.jsonl", tmp_path)
+    with pytest.raises(ConfigError, match=r"mmlu_dev\.jsonl") as refused:
+        suites.check({"suite": "full", "data_dir": str(tmp_path), "tasks": ["mmlu"]})
+    assert "mmlu_test" not in str(refused.value)
+    with gzip.open(tmp_path / "mmlu_dev.jsonl.gz", "wb") as packed:
+        packed.write((shared_data / "eval" / "mmlu_dev.jsonl").read_bytes())
+    suites.check({"suite": "full", "data_dir": str(tmp_path), "tasks": ["mmlu"]})
+
+
+def test_hub_switched_off_and_nothing_cached_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    (tmp_path / "cais___mmlu").mkdir()
+    with pytest.raises(ConfigError) as refused:
+        suites.check({"suite": "full"})
+    assert "Rowan/hellaswag" in str(refused.value)
+    assert "cais/mmlu" not in str(refused.value)
+    suites.check({"suite": "full", "tasks": ["mmlu"]})
+    suites.check({"suite": "mini"})
+
+
+def test_check_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from lightning_opt import evaluation; evaluation.check({'suite': 'mini'});"
+        "print([name for name in ('torch', 'lm_eval', 'datasets', 'transformers', 'numpy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@given(st.dictionaries(st.text("abcdef", min_size=1, max_size=4), st.integers(1, 9), min_size=1), st.integers(1, 80))
+def test_spread_takes_the_limit_and_is_even(sizes: dict[str, int], limit: int) -> None:
+    taken = suites.spread(sizes, limit)
+    assert sum(taken.values()) == min(limit, sum(sizes.values()))
+    assert all(0 < count <= sizes[name] for name, count in taken.items())
+    unfilled = [taken.get(name, 0) for name in sizes if taken.get(name, 0) < sizes[name]]
+    if unfilled:
+        assert max(taken.values()) <= min(unfilled) + 1
+
+
+def test_spread_below_the_number_of_subjects_reaches_across_the_alphabet() -> None:
+    subjects = {f"s{index:02d}": 20 for index in range(57)}
+    taken = suites.spread(subjects, 10)
+    assert len(taken) == 10
+    assert min(taken) == "s00"
+    assert max(taken) >= "s51"
+    assert suites.spread(subjects, None) == subjects
+
+
+def test_broken_line_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"a": 1}\n{"a": \n')
+    with pytest.raises(ConfigError, match="line 2"):
+        list(suites.read_documents(tmp_path / "x.jsonl"))

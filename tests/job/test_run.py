@@ -1,0 +1,145 @@
+"""Whole runs through the front door: what they leave behind, what they say, and how they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_opt.run_folder import METRIC_COLUMNS, read_metrics, summarize
+
+FILES = "config.yaml overrides.txt env.json plan.json status.json metrics.csv summary.json report.html report.md MODEL_CARD.md run.log".split()
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small folder of real text, so that no test tokenises megabytes."""
+    folder = tmp_path_factory.mktemp("texts")
+    for corpus, module in (("code", "argparse.py"), ("prose", "pydoc_data/topics.py")):
+        source = Path(os.__file__).parent / module
+        (folder / f"{corpus}.txt").write_text("\n\n".join(source.read_text(encoding="utf-8").splitlines()[:3000]), encoding="utf-8")
+    return folder
+
+
+class Door:
+    """`python train.py` in a folder of its own."""
+
+    def __init__(self, repository: Path, folder: Path, texts: Path):
+        self.repository, self.folder, self.texts = repository, folder, texts
+
+    def command(self, *overrides: str) -> list[str]:
+        base = ("debug=smoke", "data=files", f"data.path={self.texts}", f"data.cache_dir={self.texts.parent / 'cache'}", "evaluation=none", "trainer.num_threads=1")
+        return [sys.executable, str(self.repository / "train.py"), *base, *overrides]
+
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "PYTHONPATH": str(self.repository)}
+
+    def __call__(self, *overrides: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(self.command(*overrides), capture_output=True, text=True, cwd=self.folder, env=self.environment(), timeout=300)
+
+    def folders(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("runs/*/*") if path.is_dir())
+
+
+@pytest.fixture
+def door(repository: Path, tmp_path: Path, texts: Path) -> Door:
+    return Door(repository, tmp_path, texts)
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_the_same_seed_gives_the_same_bits_and_a_whole_folder(door: Door) -> None:
+    first = door("optimizer=lion")
+    assert first.returncode == 0, first.stdout + first.stderr
+    again = door("optimizer=lion", "data.num_workers=2", "name=again")
+    assert again.returncode == 0, again.stdout + again.stderr
+    folders = door.folders()
+    assert len(folders) == 2
+    tables = []
+    for folder in folders:
+        assert [name for name in FILES if not (folder / name).exists()] == []
+        assert (folder / "model" / "model.safetensors").stat().st_size > 1000
+        assert read(folder / "status.json")["state"] == "FINISHED"
+        assert read(folder / "summary.json") == json.loads(json.dumps(summarize(folder)))
+        table = read_metrics(folder / "metrics.csv")
+        assert set(METRIC_COLUMNS) <= set(table)
+        tables.append({name: values for name, values in table.items() if name.startswith(("train/", "val/", "lr/", "grad_norm"))})
+    assert tables[0] == tables[1]
+    assert len(tables[0]["train/loss"]) == 20
+    weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in folders]
+    assert weights[0] == weights[1]
+    # what the terminal said is in run.log, and Hydra and Lightning left nothing of their own behind
+    log = (folders[0] / "run.log").read_text()
+    for line in first.stdout.splitlines():
+        assert line.strip() in log
+    assert sorted(path.name for path in door.folder.iterdir()) == ["runs"]
+    assert first.stderr == ""
+
+
+def test_a_run_that_diverges_says_so(door: Door) -> None:
+    result = door("optimizer.lr=1e30", "optimizer.max_grad_norm=null")
+    assert result.returncode == 3, result.stdout + result.stderr
+    (folder,) = door.folders()
+    status = read(folder / "status.json")
+    assert status["state"] == "DIVERGED"
+    assert "not taken" in status["reason"]
+    assert "DIVERGED" in (folder / "report.md").read_text().upper()
+    assert read(folder / "summary.json")["state"] == "DIVERGED"
+
+
+def test_a_run_that_fails_leaves_its_traceback(door: Door) -> None:
+    result = door("callbacks.export.directory=/proc/nowhere")
+    assert result.returncode == 1
+    (folder,) = door.folders()
+    assert read(folder / "status.json")["state"] == "FAILED"
+    assert "Traceback" in (folder / "run.log").read_text()
+    assert (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_that_is_stopped_says_so_and_the_same_command_takes_its_folder(door: Door, number: int, code: int) -> None:
+    command = door.command("trainer.max_steps=100000")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=door.folder, env=door.environment())
+    while not (line := process.stdout.readline()).startswith("step 5"):
+        assert line or process.poll() is None
+    process.send_signal(number)
+    process.stdout.read()
+    assert process.wait(timeout=120) == code
+    (folder,) = door.folders()
+    assert read(folder / "status.json")["state"] == "PREEMPTED"
+    assert 5 <= read(folder / "status.json")["step"] < 100000
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=door.folder, env=door.environment())
+    while not process.stdout.readline().startswith("run "):
+        time.sleep(0)
+    process.kill()
+    process.wait()
+    assert door.folders() == [folder]
+
+
+@pytest.mark.slow
+def test_real_text_beats_its_unigrams(door: Door, shared_data: Path) -> None:
+    """The judged command, shortened to 300 steps: every corpus ends well below its unigram entropy."""
+    command = [
+        sys.executable, str(door.repository / "train.py"), "optimizer=lion", "data=files", f"data.path={shared_data / 'text'}", "trainer.max_steps=300",
+        "evaluation=full", f"evaluation.data_dir={shared_data / 'eval'}", "evaluation.limit=12",
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, cwd=door.folder, env=door.environment(), timeout=900)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (folder,) = door.folders()
+    summary, plan = read(folder / "summary.json"), read(folder / "plan.json")
+    for corpus in plan["corpora"]:
+        assert summary["val_loss_by_corpus"][corpus["name"]] < corpus["unigram_entropy"] - 0.8
+    for task in ("hellaswag", "mmlu", "humaneval"):
+        score = summary["evaluation"][task]
+        if "skipped" not in score:
+            assert score["n"] == 12
+            assert score["stderr"] is not None

@@ -1,0 +1,75 @@
+"""A command in a process of its own, and a stand-in for `job` so that no test here trains."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+# Runs train.py as `python train.py` does, then tells on stdout whether torch was imported.
+_WATCH = """
+import runpy, sys
+sys.argv = [{script!r}, *sys.argv[1:]]
+code = 0
+try:
+    runpy.run_path({script!r}, run_name="__main__")
+except SystemExit as stop:
+    code = stop.code
+print("heavy:", sorted({{"torch", "lightning", "transformers", "datasets", "lm_eval"}} & set(sys.modules)))
+sys.exit(code)
+"""
+
+
+@dataclass
+class Done:
+    code: int
+    out: str
+    err: str
+    seconds: float  # of processor time: this machine may be busy with others
+
+
+@pytest.fixture
+def train_py(repository, tmp_path):
+    """Runs `train.py` with these arguments in an empty folder."""
+
+    def run(*arguments: str, **environment: str) -> Done:
+        code = _WATCH.format(script=str(repository / "train.py"))
+        path = os.pathsep.join([str(repository), os.environ.get("PYTHONPATH", "")])
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
+        )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        return Done(done.returncode, done.stdout, done.stderr, seconds)
+
+    return run
+
+
+@pytest.fixture
+def jobs(monkeypatch, tmp_path) -> list[dict[str, Any]]:
+    """Jobs that `launch` handed down; they do nothing and answer what their seed says: seed 500 + code."""
+    import lightning_opt.job
+
+    seen: list[dict[str, Any]] = []
+
+    def run(config: dict[str, Any], folder: Any, **keywords: Any) -> int:
+        seen.append({"config": config, "folder": folder, **keywords})
+        code = config["seed"] - 500 if 500 <= config["seed"] < 700 else 0
+        if code == 99:
+            raise RuntimeError("a job that breaks")
+        return code
+
+    monkeypatch.setitem(lightning_opt.job.__dict__, "run", run)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    return seen

@@ -1,0 +1,177 @@
+"""Right commands: what reaches the job, what is written, what comes back."""
+
+import json
+import os
+
+import pytest
+import yaml
+
+from lightning_opt.launch import main
+from lightning_opt.run_folder import config_hash
+
+OFF = ["evaluation=none"]
+
+
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def assert_plain(node):
+    assert type(node) in {dict, list, str, int, float, bool, type(None)}, type(node)
+    for item in node.values() if isinstance(node, dict) else node if isinstance(node, list) else []:
+        assert_plain(item)
+
+
+def test_a_job_gets_plain_types_only(jobs):
+    assert main(["optimizer=lion", *OFF]) == 0
+    (job,) = jobs
+    assert_plain(job["config"])
+    assert job["config"]["optimizer"]["name"] == "lion"
+    assert "hydra" not in job["config"]
+    assert job["overrides"] == ["optimizer=lion", "evaluation=none"]
+
+
+def test_hydra_writes_nothing(jobs, tmp_path):
+    main(OFF)
+    main(["-m", "seed=1,2", *OFF])
+    assert len(jobs) == 3
+    ours = {"status.json", ".claim"}
+    assert {path.rpartition("/")[2] for path in files(tmp_path)} <= ours, files(tmp_path)
+    assert os.listdir(tmp_path) == ["runs"]
+
+
+def test_the_hash_of_a_configuration_is_stable(jobs):
+    main(["seed=3", *OFF])
+    main(["evaluation=none", "seed=3"])
+    main(["seed=4", *OFF])
+    same, again, other = (config_hash(job["config"]) for job in jobs)
+    assert same == again != other
+    assert same == config_hash(json.loads(json.dumps(jobs[0]["config"])))
+    assert same in jobs[0]["folder"].path.name
+
+
+def test_the_saved_configuration_reads_back_as_the_job_had_it(jobs):
+    main(["optimizer.lr=3e-4", *OFF])
+    assert yaml.safe_load(jobs[0]["saved_config"]) == jobs[0]["config"]
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 3])
+def test_exit_codes_pass_through(jobs, code):
+    assert main([f"seed={500 + code}", *OFF]) == code
+
+
+@pytest.mark.parametrize("code", [130, 143])
+def test_a_stopped_job_stops_its_sweep(jobs, code):
+    assert main(["-m", f"seed=1,{500 + code},2", *OFF]) == code
+    assert [job["config"]["seed"] for job in jobs] == [1, 500 + code]
+
+
+@pytest.mark.parametrize(("seeds", "code"), [("1,501,2", 1), ("1,503,2", 3), ("503,1,599", 1), ("1,2", 0)])
+def test_a_sweep_goes_on_after_a_failure_and_says_so(jobs, seeds, code, capsys):
+    assert main(["-m", f"seed={seeds}", *OFF]) == code
+    assert [job["config"]["seed"] for job in jobs] == [int(seed) for seed in seeds.split(",")]
+    assert ("a job that breaks" in capsys.readouterr().err) == ("599" in seeds)
+
+
+def test_a_sweep_makes_every_combination(jobs):
+    assert main(["-m", "optimizer=adamw,lion", "optimizer.lr_scale=0.5,1,2", *OFF]) == 0
+    made = [(job["config"]["optimizer"]["name"], job["config"]["optimizer"]["lr_scale"]) for job in jobs]
+    assert made == [(name, scale) for name in ("adamw", "lion") for scale in (0.5, 1, 2)]
+    assert len({job["folder"].path for job in jobs}) == 6
+
+
+def test_glob_and_range_sweeps(jobs):
+    assert main(["-m", "scale=glob(*x)", "seed=range(1,3)", *OFF]) == 0
+    assert [job["config"]["scale"]["name"] for job in jobs[::2]] == ["16x", "1x", "2x", "4x", "8x"]
+
+
+def test_the_user_names_the_folder(jobs, tmp_path):
+    assert main(["hydra.run.dir=here/my_run", *OFF]) == 0
+    assert jobs[0]["folder"].path.resolve() == tmp_path / "here" / "my_run"
+    assert os.listdir(tmp_path) == ["here"]
+
+
+def test_the_folder_may_use_hydras_own_words(jobs):
+    assert main(["hydra.run.dir=out/${optimizer.name}_${now:%Y}", *OFF]) == 0
+    assert jobs[0]["folder"].path.name.startswith("adamw_20")
+
+
+def test_a_sweeps_folder(jobs, tmp_path):
+    assert main(["-m", "hydra.sweep.dir=mine", "seed=1,2", *OFF]) == 0
+    assert {job["folder"].path.parts[0] for job in jobs} == {"mine"}
+    assert os.listdir(tmp_path) == ["mine"]
+
+
+class TestTuned:
+    def test_each_optimizer_gets_its_own(self, jobs):
+        main(["-m", "optimizer=adamw,lion", *OFF])
+        from lightning_opt.plan import tuned
+
+        for job in jobs:
+            record = tuned(job["config"]["optimizer"]["name"], "nano", "demo")
+            assert job["tuned"]["source"] == record.source
+            assert job["config"]["optimizer"]["lr"] == record.values["optimizer.lr"]
+
+    def test_the_command_line_wins(self, jobs):
+        main(["optimizer.lr=9", *OFF])
+        assert jobs[0]["config"]["optimizer"]["lr"] == 9
+        assert "optimizer.lr" not in jobs[0]["tuned"]["values"]
+
+    def test_an_experiment_wins(self, jobs, tmp_path):
+        (tmp_path / "mine" / "experiment").mkdir(parents=True)
+        (tmp_path / "mine" / "experiment" / "hot.yaml").write_text("# @package _global_\noptimizer: {lr: 0.5}\n")
+        assert main(["--config-dir", "mine", "experiment=hot", *OFF]) == 0
+        assert jobs[0]["config"]["optimizer"]["lr"] == 0.5
+
+    def test_it_follows_the_experiments_choices(self, jobs):
+        main(["debug=smoke"])
+        from lightning_opt.plan import tuned
+
+        assert jobs[0]["tuned"]["source"] == tuned("adamw", "femto", "demo").source
+
+    def test_it_can_be_turned_off(self, jobs, repository):
+        main(["~tuned", *OFF])
+        assert jobs[0]["tuned"] is None
+        default = yaml.safe_load((repository / "conf" / "optimizer" / "adamw.yaml").read_text())
+        assert jobs[0]["config"]["optimizer"]["roles"] == default["roles"]
+
+    def test_none_where_there_is_none(self, jobs, tmp_path):
+        (tmp_path / "model").mkdir()
+        code = main(["model=nano", "tuned=lion/nano_demo", *OFF])
+        assert (code, jobs[0]["tuned"]["values"]) == (0, jobs[0]["tuned"]["values"])
+        assert jobs[0]["config"]["optimizer"]["weight_decay"] != 0.1
+
+
+class TestOpenMaps:
+    def test_a_new_role_needs_no_plus(self, jobs):
+        assert main(["optimizer.roles.matrix.lr_scale=2", *OFF]) == 0
+        assert jobs[0]["config"]["optimizer"]["roles"]["matrix"] == {"lr_scale": 2}
+
+    def test_a_new_role_can_be_swept(self, jobs):
+        assert main(["-m", "optimizer.roles.head.lr_scale=1,2", *OFF]) == 0
+        assert [job["config"]["optimizer"]["roles"]["head"]["lr_scale"] for job in jobs] == [1, 2]
+
+    def test_a_callback_comes_and_goes(self, jobs):
+        mine = "callbacks.mine._target_=lightning.pytorch.callbacks.LearningRateMonitor"
+        assert main([mine, "~callbacks.memory", *OFF]) == 0
+        assert "mine" in jobs[0]["config"]["callbacks"]
+        assert "memory" not in jobs[0]["config"]["callbacks"]
+
+    def test_weights_of_corpora(self, jobs):
+        assert main(["data.weights={prose: 2, code: 1, math: 1}", *OFF]) == 0
+        assert jobs[0]["config"]["data"]["weights"] == {"prose": 2, "code": 1, "math": 1}
+
+
+def test_a_changed_shape_changes_the_parameter_count(jobs):
+    main(["model.num_layers=8", *OFF])
+    assert jobs[0]["config"]["model"]["non_embedding_params"] == 2 * 802_816
+
+
+def test_instantiate_hands_down_plain_lists(jobs):
+    main(OFF)
+    build = jobs[0]["instantiate"]
+    made = build({"_target_": "builtins.dict", "a": [1, {"b": [2]}]}, c=[3])
+    assert_plain(made)
+    assert made == {"a": [1, {"b": [2]}], "c": [3]}
+    partial = build({"_target_": "builtins.dict", "_partial_": True, "x": [1]})
+    assert_plain(partial.keywords["x"])

@@ -1,0 +1,114 @@
+"""Wrong commands: exit code 2, one line that names the closest right thing, fast, and before torch is imported."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+# arguments, what the line starts with, what it must also say
+NAMED = [
+    (["optimzer=lion"], "optimzer = lion: ", "did you mean optimizer?"),
+    (["optimizer=lionn"], "optimizer = lionn: ", "did you mean lion?"),
+    (["lrr=3"], "lrr = 3: ", "did you mean optimizer.lr?"),
+    (["+lrr=3"], "+lrr = 3: ", "did you mean optimizer.lr?"),
+    (["optimizer.lr=abc"], "optimizer.lr = abc: ", "must be a number > 0"),
+    (["optimizer.lr=-1"], "optimizer.lr = -1: ", "must be a number > 0"),
+    (["optimizer.lr=nan"], "optimizer.lr = nan: ", "must be a number > 0"),
+    (["optimizer.betas=[0.9]"], "optimizer.betas = [0.9]: ", "must be a list of 2 numbers"),
+    (["optimizer.weight_decay=-0.1"], "optimizer.weight_decay = -0.1: ", ">= 0"),
+    (["trainer.precision=fp17"], "trainer.precision = fp17: ", "auto, 32-true, bf16-mixed, bf16-true"),
+    (["model=llama_131m"], "model = llama_131m: ", "must be one of femto, hf, "),
+    (["data=files", "data.path=no_such_folder"], "data.path = no_such_folder: ", "not found"),
+    (["schedule.warmup=5000"], "schedule.warmup = 5000: ", "run of 800 steps"),
+    (["trainer.global_batch_size=10", "trainer.micro_batch_size=4"], "trainer.global_batch_size = 10: ", "8 or 12"),
+]
+
+MORE = [
+    (["model=nanno"], "model = nanno: ", "did you mean nano?"),
+    (["trainer.devices=3"], "trainer.global_batch_size = 8: ", "6 or 9"),
+    (["~optimizer"], "~optimizer = null: ", "~tuned"),
+    (["optimizer.roles.matrx.lr_scale=2"], "optimizer.roles.matrx", "did you mean matrix?"),
+    (["optimizer.roles.default.rule=lionn"], "optimizer.roles.default.rule = lionn: ", "did you mean lion?"),
+    (["+optimizer.foo=1"], "+optimizer.foo = 1: ", "optimizer has no field foo"),
+    (["optimizer={lrr: 1}"], "optimizer.lrr = 1: ", "did you mean optimizer.lr?"),
+    (["hydra.runn=3"], "hydra.runn = 3: ", "did you mean hydra.run?"),
+    (["hydra/launcher=basik"], "hydra/launcher = basik: ", "did you mean basic?"),
+    (["optimizer.lr=[1,2"], "optimizer.lr = [1,2: ", "cannot be read"),
+    (["optimizer=adamw,lion"], "optimizer = adamw,lion: ", "train.py -m optimizer=adamw,lion"),
+    (["experiment=study_schedul"], "experiment = study_schedul: ", "did you mean study_schedule?"),
+    (
+        ["callbacks.foo._target_=lightning_opt.callbacks.Throughputt"],
+        "callbacks.foo._target_ = ",
+        "did you mean Throughput?",
+    ),
+    (["callbacks.foo._target_=nowhere.at_all.X"], "callbacks.foo._target_ = ", "nowhere is not installed"),
+    (["callbacks.foo._target_=lightning.pytorch.callbacks.NoSuch"], "callbacks.foo._target_ = ", "has no NoSuch"),
+    (["-m", "optimizer=adamw,lionn"], "optimizer = lionn: ", "did you mean lion?"),
+    (["-m", "optimizer=adamw,lion", "optimizer.lr=1e-3,1e-2,-1"], "optimizer.lr = -1: ", "> 0"),
+    (["-m", "seed=1,2,1"], "sweep = seed=1: ", "same configuration as job 0"),
+    (["-m", "optimizer.lr=interval(1,2)"], "optimizer.lr = interval(1,2): ", "choice"),
+    (["-m", "hydra.run.dir=x", "seed=1,2"], "hydra.run.dir = x: ", "hydra.sweep.dir"),
+    (["tuned=null"], "tuned = null: ", "~tuned"),
+    (["trainer.max_steps=5", "scale=1x"], "trainer.max_steps = 5: ", "scale=1x"),
+    (["max_steps=5"], "max_steps = 5: ", "did you mean trainer.max_steps?"),
+    (["seed=${oc.env:NO_SUCH_VARIABLE}"], "seed = ", "NO_SUCH_VARIABLE"),
+    (["evaluation.suite=maxi"], "evaluation.suite = maxi: ", "mini"),
+    (["--no-such-flag"], "command line = ", "--help"),
+    (["--cfg", "job", "optimizer=lionn"], "optimizer = lionn: ", "did you mean lion?"),
+]
+
+# All of `MORE` in one process, through the same `main`; imports are paid once.
+_BATCH = """
+import contextlib, io, json, sys
+from lightning_opt.launch import main
+sys.argv = ["train.py"]
+answers = []
+for arguments in json.load(sys.stdin):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(arguments)
+    answers.append([code, out.getvalue(), err.getvalue(), "torch" in sys.modules])
+print(json.dumps(answers))
+"""
+
+
+def assert_refused(code, out, err, start, words):
+    assert code == 2, err
+    assert len(err.splitlines()) == 1, err
+    assert err.startswith(start)
+    assert words in err
+    assert not out
+
+
+@pytest.mark.parametrize(("arguments", "start", "words"), NAMED, ids=[" ".join(case[0]) for case in NAMED])
+def test_refused_by_train_py(train_py, tmp_path, arguments, start, words):
+    done = train_py(*arguments)
+    assert_refused(done.code, done.out.replace("heavy: []\n", ""), done.err, start, words)
+    assert done.seconds < 3
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def answers(repository, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("refusals")
+    path = os.pathsep.join([str(repository), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", _BATCH],
+        input=json.dumps([case[0] for case in MORE]),
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        check=True,
+    )
+    assert list(folder.iterdir()) == []
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("number", range(len(MORE)), ids=[" ".join(case[0]) for case in MORE])
+def test_refused(answers, number):
+    code, out, err, torch = answers[number]
+    assert_refused(code, out, err, *MORE[number][1:])
+    assert not torch

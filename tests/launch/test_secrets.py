@@ -1,0 +1,59 @@
+"""Secrets by override, environment and reference: none reaches what the job is told to write."""
+
+import pytest
+
+from lightning_opt.launch import main, redact
+
+SECRET = "sk-do-not-tell-7f3a"
+
+
+@pytest.fixture
+def told(jobs, monkeypatch, tmp_path):
+    """Runs a command and returns all text that goes to disk."""
+
+    def run(*arguments):
+        monkeypatch.setenv("MY_TOKEN", SECRET)
+        assert main([*arguments, "evaluation=none"]) == 0
+        written = "".join(path.read_text() for path in tmp_path.rglob("*") if path.is_file())
+        return jobs[-1]["saved_config"] + "\n".join(jobs[-1]["overrides"]) + written, jobs[-1]["config"]
+
+    return run
+
+
+LOGGER = "logger.mine._target_=lightning.pytorch.loggers.CSVLogger"
+
+
+def test_environment_stays_unresolved_on_disk_and_reaches_the_job(told):
+    text, config = told(LOGGER, "logger.mine.name=${oc.env:MY_TOKEN}", "logger.mine.prefix=${logger.mine.name}-x")
+    assert config["logger"]["mine"]["name"] == SECRET
+    assert config["logger"]["mine"]["prefix"] == f"{SECRET}-x"
+    assert SECRET not in text
+    assert "${oc.env:MY_TOKEN}" in text
+
+
+def test_a_secret_on_the_command_line_is_blotted_out(told):
+    text, config = told(LOGGER, f"logger.mine.api_key={SECRET}")
+    assert config["logger"]["mine"]["api_key"] == SECRET
+    assert SECRET not in text
+    assert "logger.mine.api_key=***" in text
+
+
+def test_a_secret_inside_a_map_is_blotted_out(told):
+    text, _ = told("logger={mine: {_target_: lightning.pytorch.loggers.CSVLogger, password: " + SECRET + "}}")
+    assert SECRET not in text
+
+
+@pytest.mark.parametrize(
+    ("line", "kept"),
+    [
+        ("logger.wandb.api_key=abc", "logger.wandb.api_key=***"),
+        ("+logger.x.hf_token=abc", "+logger.x.hf_token=***"),
+        ("logger.x.token=${oc.env:T}", "logger.x.token=${oc.env:T}"),
+        ("logger.x={password: abc, a: 1}", "logger.x={password: ***, a: 1}"),
+        ("trainer.max_tokens=5", "trainer.max_tokens=5"),
+        ("data.tokenizer.path=x", "data.tokenizer.path=x"),
+        ("optimizer=lion", "optimizer=lion"),
+    ],
+)
+def test_redact(line, kept):
+    assert redact([line]) == [kept]

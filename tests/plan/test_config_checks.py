@@ -1,0 +1,158 @@
+"""Fields against each other, and what a good configuration amounts to."""
+
+import copy
+
+import pytest
+
+from lightning_opt.plan import ConfigError, check
+
+GOOD = {
+    "name": "adamw_nano",
+    "seed": 1,
+    "resume": "auto",
+    "model": {
+        "_target_": "lightning_opt.models.llama",
+        "name": "nano",
+        "hidden_size": 128,
+        "num_layers": 4,
+        "num_heads": 4,
+        "num_kv_heads": 4,
+        "intermediate_size": 352,
+        "vocab_size": 2048,
+        "context_length": 256,
+        "non_embedding_params": 802_816,
+    },
+    "data": {
+        "name": "embedded",
+        "source": "embedded",
+        "path": None,
+        "weights": None,
+        "sequence_length": 256,
+        "tokenizer": {"path": None},
+    },
+    "optimizer": {
+        "name": "adamw",
+        "lr": 1e-3,
+        "weight_decay": 0.1,
+        "betas": [0.9, 0.95],
+        "roles": {"default": {"rule": "adamw"}},
+    },
+    "schedule": {"name": "linear", "warmup": 0.05, "min_ratio": 0.0},
+    "scale": {"name": "demo", "tokens": 1_638_400, "chinchilla": None},
+    "trainer": {
+        "max_steps": None,
+        "max_tokens": None,
+        "max_epochs": None,
+        "global_batch_size": 8,
+        "micro_batch_size": None,
+        "devices": 1,
+        "num_nodes": 1,
+        "precision": "auto",
+        "val_every_n_steps": None,
+    },
+    "evaluation": {"suite": "mini"},
+}
+
+
+def changed(**values):
+    config = copy.deepcopy(GOOD)
+    for path, value in values.items():
+        *parents, last = path.split("__")
+        node = config
+        for parent in parents:
+            node = node[parent]
+        node[last] = value
+    return config
+
+
+def test_the_demo():
+    plan = check(GOOD)
+    assert (plan.max_steps, plan.tokens, plan.tokens_per_step) == (800, 1_638_400, 2048)
+    assert (plan.micro_batch_size, plan.accumulate, plan.devices, plan.sequence_length) == (8, 1, 1, 256)
+    assert (plan.warmup_steps, plan.val_every_n_steps) == (40, 200)
+
+
+def test_check_changes_nothing():
+    config = copy.deepcopy(GOOD)
+    check(config)
+    assert config == GOOD
+
+
+def test_scale_follows_the_shape_not_a_stale_number():
+    plan = check(changed(scale={"name": "1x", "tokens": None, "chinchilla": 1.0}, model__num_layers=8))
+    assert plan.max_steps == 20 * 2 * 802_816 // 2048
+
+
+@pytest.mark.parametrize(
+    ("trainer", "steps"), [({"max_steps": 7}, 7), ({"max_tokens": 2048 * 9 + 5}, 9), ({"max_tokens": 1e5}, 48)]
+)
+def test_trainer_says_how_long(trainer, steps):
+    plan = check(changed(**{f"trainer__{key}": value for key, value in trainer.items()}))
+    assert plan.max_steps == steps
+    assert plan.tokens == steps * 2048
+
+
+def test_epochs_wait_for_the_data():
+    config = changed(trainer__max_epochs=2)
+    assert check(config).max_steps is None
+    assert check(config, sequences=400).max_steps == 100
+    assert check(config, sequences=400).warmup_steps == 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "start", "words"),
+    [
+        ({"optimizer__lr": -1}, "optimizer.lr = -1: ", "> 0"),
+        ({"optimizer__roles": {"matrx": {"lr_scale": 2}}}, "optimizer.roles.matrx", "did you mean matrix?"),
+        (
+            {"optimizer__roles": {"norm": {"weight_decy": 2}}},
+            "optimizer.roles.norm.weight_decy = 2",
+            "did you mean weight_decay?",
+        ),
+        ({"optimizer__roles": {"norm": {"lr": -2}}}, "optimizer.roles.norm.lr = -2", "> 0"),
+        ({"schedule__warmup": 800}, "schedule.warmup = 800: ", "run of 800 steps"),
+        ({"schedule__warmup": 20, "trainer__max_steps": 20}, "schedule.warmup = 20: ", "run of 20 steps"),
+        ({"schedule": {"name": "wsd", "warmup": 0.9, "decay": 0.2}}, "schedule.decay = 0.2: ", "at most 0.1"),
+        ({"trainer__max_steps": 5, "trainer__max_tokens": 9}, "trainer.max_tokens = 9: ", "trainer.max_steps"),
+        (
+            {"trainer__max_steps": 5, "scale__chinchilla": 1.0, "scale__name": "1x"},
+            "trainer.max_steps = 5: ",
+            "scale=1x",
+        ),
+        ({"trainer__max_tokens": 100}, "trainer.max_tokens = 100: ", "2048"),
+        (
+            {"trainer__global_batch_size": 9, "trainer__micro_batch_size": 2},
+            "trainer.global_batch_size = 9: ",
+            "8 or 10",
+        ),
+        ({"model__num_heads": 5}, "model.num_heads = 5: ", "4 or 8"),
+        ({"model__num_heads": 128, "model__num_kv_heads": None}, "model.num_heads = 128: ", "even"),
+        ({"model__num_kv_heads": 3}, "model.num_kv_heads = 3: ", "num_heads = 4"),
+        ({"data__sequence_length": 512}, "data.sequence_length = 512: ", "256"),
+        ({"data__source": "files"}, "data.path = null: ", "data.path="),
+        ({"data__weights": {"web": -1}}, "data.weights.web = -1: ", ">= 0"),
+        ({"data__weights": "studi"}, "data.weights = studi: ", "study"),
+        ({"name": "../up"}, "name = ../up: ", "folder"),
+        ({"name": "a b"}, "name = 'a b': ", "folder"),
+        ({"model": {"name": "hf", "path": None}}, "model.path = null: ", "folder"),
+        ({"model": {"name": "hf", "path": "./nope"}}, "model.path = ./nope: ", "not found"),
+        ({"model": {"name": "hf", "path": "a/b"}, "scale__chinchilla": 1.0}, "scale.chinchilla = 1.0: ", "max_tokens"),
+    ],
+)
+def test_contradictions(changes, start, words):
+    with pytest.raises(ConfigError) as caught:
+        check(changed(**changes))
+    text = str(caught.value)
+    assert text.startswith(start)
+    assert words in text
+    assert "\n" not in text
+
+
+def test_missing_path_names_the_closest_entry(tmp_path):
+    (tmp_path / "my_texts").mkdir()
+    with pytest.raises(ConfigError, match=r"did you mean .*my_texts"):
+        check(changed(data__source="files", data__path=str(tmp_path / "my_text")))
+
+
+def test_callbacks_keywords_are_not_ours_to_judge():
+    check(changed(callbacks={"mine": {"_target_": "x.Y", "lr": "high", "seed": "no"}}))

@@ -1,0 +1,132 @@
+"""Who may work in which folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from lightning_opt.run_folder import FolderRefused, Status, claim, config_hash, read_status
+
+HASH = "0123abcd"
+
+
+def leave(folder: Path, state: str, pid: int | None = None) -> None:
+    """Writes the status that an earlier process left behind; a pid of None is one that is gone."""
+    status = read_status(folder / "status.json")
+    status["state"] = state
+    if pid is None:
+        child = subprocess.Popen([sys.executable, "-c", ""])
+        child.wait()
+        status["owner"] |= {"pid": child.pid, "started": 1.0}
+    (folder / "status.json").write_text(json.dumps(status))
+
+
+@pytest.mark.parametrize(("state", "adopted"), [("RUNNING", True), ("PREEMPTED", True), ("FAILED", True), ("FINISHED", False), ("DIVERGED", False)])
+def test_the_same_command_adopts_what_is_unfinished(tmp_path: Path, state: str, adopted: bool) -> None:
+    first, _ = claim(tmp_path, "run", HASH)
+    leave(first.path, state)
+    again, was_adopted = claim(tmp_path, "run", HASH)
+    assert was_adopted is adopted
+    assert (again.path == first.path) is adopted
+
+
+def test_a_live_owner_keeps_the_folder(tmp_path: Path) -> None:
+    first, _ = claim(tmp_path, "run", HASH)
+    again, adopted = claim(tmp_path, "run", HASH)
+    assert not adopted
+    assert again.path != first.path
+
+
+def test_another_configuration_or_never_makes_a_new_folder(tmp_path: Path) -> None:
+    first, _ = claim(tmp_path, "run", HASH)
+    leave(first.path, "RUNNING")
+    assert claim(tmp_path, "run", "ffff0000")[1] is False
+    assert claim(tmp_path, "run", HASH, resume="never")[0].path != first.path
+
+
+def test_a_number_used_again_is_another_process(tmp_path: Path) -> None:
+    """The owner's pid lives, but it started at another time."""
+    first, _ = claim(tmp_path, "run", HASH)
+    status = read_status(first.status)
+    status["owner"] |= {"pid": os.getpid(), "started": 12.5}
+    first.status.write_text(json.dumps(status))
+    assert claim(tmp_path, "run", HASH)[1] is True
+
+
+@pytest.mark.parametrize(("age", "adopted"), [(30, False), (600, True)])
+def test_on_another_host_the_heartbeat_decides(tmp_path: Path, age: float, adopted: bool) -> None:
+    first, _ = claim(tmp_path, "run", HASH)
+    status = read_status(first.status)
+    status["owner"] |= {"host": "elsewhere", "heartbeat": time.time() - age}
+    first.status.write_text(json.dumps(status))
+    assert claim(tmp_path, "run", HASH)[1] is adopted
+
+
+def test_launches_in_the_same_moment_get_different_folders(tmp_path: Path) -> None:
+    code = f"from pathlib import Path; from lightning_opt.run_folder import claim; print(claim(Path({str(tmp_path)!r}), 'run', {HASH!r})[0].path); import time; time.sleep(1.5)"
+    with ThreadPoolExecutor(4) as pool:
+        runs = list(pool.map(lambda _: subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout, range(4)))
+    assert len(set(runs)) == 4
+
+
+def test_a_killed_owner_is_gone(tmp_path: Path) -> None:
+    code = f"from pathlib import Path; from lightning_opt.run_folder import claim; print(claim(Path({str(tmp_path)!r}), 'run', {HASH!r})[0].path, flush=True); import time; time.sleep(60)"
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    folder = Path(child.stdout.readline().strip())
+    assert claim(tmp_path, "run", HASH)[0].path != folder
+    child.send_signal(signal.SIGKILL)  # not reaped yet: a zombie is gone too
+    time.sleep(0.3)
+    for other in tmp_path.glob("run/*Z-*"):
+        if other != folder:
+            leave(other, "FINISHED")
+    again, adopted = claim(tmp_path, "run", HASH)
+    child.wait()
+    assert adopted
+    assert again.path == folder
+
+
+def test_a_named_folder(tmp_path: Path) -> None:
+    named = tmp_path / "mine"
+    folder, adopted = claim(tmp_path, "run", HASH, path=named)
+    assert folder.path == named
+    assert not adopted
+    with pytest.raises(FolderRefused, match="in progress"):
+        claim(tmp_path, "run", HASH, path=named)
+    leave(named, "RUNNING")
+    assert claim(tmp_path, "run", HASH, path=named)[1] is True
+    leave(named, "RUNNING")
+    with pytest.raises(FolderRefused, match="another configuration"):
+        claim(tmp_path, "run", "ffff0000", path=named)
+    leave(named, "FINISHED")
+    with pytest.raises(FolderRefused, match="already FINISHED"):
+        claim(tmp_path, "run", HASH, path=named)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").touch()
+    with pytest.raises(FolderRefused, match="other files"):
+        claim(tmp_path, "run", HASH, path=tmp_path / "full")
+
+
+def test_the_hash_ignores_order_name_and_resume() -> None:
+    config = {"optimizer": {"lr": 1e-3, "betas": [0.9, 0.95]}, "seed": 1, "name": "a", "resume": "auto"}
+    same = {"resume": "never", "name": "b", "seed": 1, "optimizer": {"betas": [0.9, 0.95], "lr": 1e-3}}
+    assert config_hash(config) == config_hash(same)
+    assert config_hash(config) != config_hash({**config, "seed": 2})
+    assert len(config_hash(config)) == 8
+
+
+def test_status_tells_how_it_ended(tmp_path: Path) -> None:
+    with Status(tmp_path / "status.json", HASH) as status:
+        status.step = 7
+        status.set("DIVERGED", "gradient norm nan at step 8")
+        status.step = 8
+    written = read_status(tmp_path / "status.json")
+    assert (written["state"], written["step"], written["reason"]) == ("DIVERGED", 8, "gradient norm nan at step 8")
+    assert written["owner"]["pid"] == os.getpid()

@@ -1,0 +1,106 @@
+"""Records survive kills and odd numbers, and the summary follows from them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lightning_opt.run_folder import (
+    RunFolder,
+    append_event,
+    read_events,
+    read_json,
+    read_metrics,
+    summarize,
+    write_json,
+)
+
+
+def test_what_was_not_measured_is_null(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"a": math.nan, "b": [math.inf, 1.5, {"c": -math.inf}], "d": None, "e": 0})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": None, "b": [None, 1.5, {"c": None}], "d": None, "e": 0}
+
+
+def test_a_kill_while_writing_leaves_the_old_or_the_new(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"n": -1, "pad": ""})
+    code = f"""
+from pathlib import Path
+from lightning_opt.run_folder import write_json
+print("go", flush=True)
+n = 0
+while True:
+    write_json(Path({str(path)!r}), {{"n": n, "pad": "x" * 200000}})
+    n += 1
+"""
+    for seed in range(5):
+        child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        child.stdout.readline()
+        time.sleep(random.Random(seed).uniform(0.01, 0.1))
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        assert json.loads(path.read_text())["n"] >= -1
+
+
+def test_lines_cut_by_a_kill_are_left_out(tmp_path: Path) -> None:
+    append_event(tmp_path / "events.jsonl", "skip", step=3, loss=math.nan)
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write('{"time": 1, "ki')
+    assert [(event["kind"], event["loss"]) for event in read_events(tmp_path / "events.jsonl")] == [("skip", None)]
+    (tmp_path / "metrics.csv").write_text("step,train/loss,val/loss\n10,4.5,\n20,4.0,3.9\n30,3.")
+    assert read_metrics(tmp_path / "metrics.csv") == {"step": [10, 20], "train/loss": [4.5, 4.0], "val/loss": [None, 3.9]}
+
+
+def test_missing_files_are_nothing(tmp_path: Path) -> None:
+    assert read_json(tmp_path / "none.json") == {}
+    assert read_metrics(tmp_path / "none.csv") == {}
+    assert read_events(tmp_path / "none.jsonl") == []
+    summary = summarize(RunFolder(tmp_path))
+    assert set(summary.values()) == {None}
+
+
+def test_the_summary_follows_from_the_records(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    steps = list(range(10, 910, 10))
+    rows = [
+        {
+            "step": step,
+            "tokens": step * 2048,
+            "time_s": step / 10,
+            "train/loss": 8 - step / 200,
+            "val/loss": 4.25 if step == 900 else "",
+            "val/loss/web": 4.5 if step == 900 else "",
+            "tokens_per_s_per_device": 1000 + step,
+            "memory_peak_bytes": 5e8 - step,
+            "loss_volatility": 1.0 if step <= 300 else 2.0 if step <= 600 else 4.0,
+        }
+        for step in steps
+    ]
+    with folder.metrics.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    write_json(folder.plan, {"max_steps": 900, "optimizer": "lion", "params_total": 12})
+    summary = summarize(folder)
+    assert summary["steps"] == 900
+    assert summary["tokens"] == 900 * 2048
+    assert summary["train_loss"] == pytest.approx(statistics.fmean(8 - step / 200 for step in (870, 880, 890, 900)))
+    assert summary["val_loss"] == 4.25
+    assert summary["val_loss_by_corpus"] == {"web": 4.5}
+    assert summary["tokens_per_s_per_device"] == statistics.median(1000 + step for step in steps)
+    assert summary["peak_memory_bytes"] == 5e8 - 10
+    assert summary["loss_volatility"] == pytest.approx(7 / 3)
+    assert summary["loss_volatility_by_third"] == [1.0, 2.0, 4.0]
+    assert summary["optimizer"] == "lion"
+    assert summary["mfu"] is None
+    assert summary["evaluation"] is None

@@ -1,0 +1,61 @@
+"""The floors of the house: who may import whom, what stays light, and what no package may hold."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def test_imports_run_one_way(repository: Path) -> None:
+    from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
+
+    assert lint_imports(config_filename=str(repository / "pyproject.toml"), no_cache=True) == EXIT_STATUS_SUCCESS
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("lightning_opt.plan", ("torch", "numpy", "hydra")),
+        ("lightning_opt.run_folder", ("torch", "hydra")),
+        ("lightning_opt.launch", ("torch", "lightning", "transformers")),
+        ("lightning_opt.reports", ("torch", "lightning")),
+        ("lightning_opt.optim", ("lightning", "transformers", "hydra")),
+        ("lightning_opt.callbacks", ("transformers", "hydra", "lightning_opt.optim", "lightning_opt.training")),
+        ("lightning_opt.job", ("torch", "lightning", "hydra")),
+        ("lightning_opt.evaluation", ("torch", "lm_eval")),
+        ("lightning_opt.data", ("torch", "grain", "datasets")),
+    ],
+)
+def test_a_room_imports_only_what_it_needs(module: str, absent: tuple[str, ...], repository: Path) -> None:
+    """Every public name is imported too where that is promised to stay light."""
+    code = f"""
+import sys, importlib
+room = importlib.import_module({module!r})
+if {module!r} in ("lightning_opt.plan", "lightning_opt.run_folder", "lightning_opt.optim", "lightning_opt.callbacks"):
+    [getattr(room, name) for name in room.__all__]
+print([name for name in {absent!r} if name in sys.modules])
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=repository, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_no_file_has_a_name_that_says_nothing(repository: Path) -> None:
+    nothing = {"utils.py", "common.py", "helpers.py", "misc.py"}
+    assert not [path for path in (repository / "lightning_opt").rglob("*.py") if path.name in nothing]
+
+
+def test_no_optimizer_overrides_step() -> None:
+    """Law 3: the base owns the only step."""
+    from lightning_opt import optim
+
+    classes = [getattr(optim, name) for name in optim.OPTIMIZERS.values()]
+    assert len(classes) >= 2
+    for cls in classes:
+        assert cls.step is optim.Optimizer.step
+
+
+def test_train_py_fits_on_a_screen(repository: Path) -> None:
+    assert len((repository / "train.py").read_text(encoding="utf-8").splitlines()) <= 40
