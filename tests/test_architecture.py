@@ -23,7 +23,7 @@ def test_imports_run_one_way(repository: Path) -> None:
         ("lightning_opt.launch", ("torch", "lightning", "transformers")),
         ("lightning_opt.reports", ("torch", "lightning")),
         ("lightning_opt.optim", ("lightning", "transformers", "hydra")),
-        ("lightning_opt.callbacks", ("transformers", "hydra", "lightning_opt.optim", "lightning_opt.training")),
+        ("lightning_opt.callbacks", ("hydra", "lightning_opt.optim", "lightning_opt.training", "lightning_opt.models")),
         ("lightning_opt.job", ("torch", "lightning", "hydra")),
         ("lightning_opt.evaluation", ("torch", "lm_eval")),
         ("lightning_opt.data", ("torch", "grain", "datasets")),

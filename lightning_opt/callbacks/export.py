@@ -148,6 +148,8 @@ class Export(pl.Callback):
         """
         beside = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
         directory.parent.mkdir(parents=True, exist_ok=True)
+        if directory.exists() and not directory.is_dir():
+            raise NotADirectoryError(f"{directory} is a file")
         shutil.rmtree(beside, ignore_errors=True)
         try:
             state = _state(model, DTYPES.get(self.dtype))

@@ -159,7 +159,8 @@ class Stability(pl.Callback):
         if self._optimizer_tells:
             values |= {f"grad_norm/{role}": norm for role, norm in optimizer.grad_norms().items()}
         if self._count >= min(FEWEST, self.window):
-            values["loss_volatility"] = volatility(self.losses[-self.window :], self.window)[-1]
+            recent = self.losses[-self.window :].double()
+            values["loss_volatility"] = recent.std() / recent.mean()
         return values
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

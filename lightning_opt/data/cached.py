@@ -20,7 +20,7 @@ from lightning_opt.plan import ConfigError
 log = logging.getLogger("lightning_opt.data")
 
 MANIFEST = "MANIFEST.json"
-FULL_CHECK_BYTES = 512 * 2**20
+FULL_CHECK_BYTES = 64 * 2**20
 _SAMPLES, _SAMPLE_BYTES = 64, 64 * 2**10
 
 
@@ -34,7 +34,7 @@ def fingerprint(*parts: Any) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """sha256 of a file; above 512 MiB of its size and 64 evenly spaced blocks, so that opening stays quick."""
+    """sha256 of a file; above 64 MiB of its size and 64 evenly spaced blocks, so that opening stays quick."""
     size = path.stat().st_size
     with path.open("rb") as file:
         if size <= FULL_CHECK_BYTES:

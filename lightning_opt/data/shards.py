@@ -136,11 +136,15 @@ class _SplitWriter:
         self.lengths: list[int] = []
         self._file: IO[bytes] | None = None
 
-    def add(self, ids: list[int], text_bytes: int) -> None:
-        tokens = np.asarray(ids, dtype=self.dtype)
+    def add(self, documents: list[tuple[list[int], int]]) -> None:
+        """Appends documents, each as (token ids with the end, bytes of text)."""
+        if not documents:
+            return
+        tokens = np.concatenate([np.asarray(ids, dtype=self.dtype) for ids, _ in documents])
         self.counts += np.bincount(tokens, minlength=len(self.counts))
-        self.starts.append(self.starts[-1] + len(tokens))
-        self.bytes += text_bytes
+        for ids, text_bytes in documents:
+            self.starts.append(self.starts[-1] + len(ids))
+            self.bytes += text_bytes
         while len(tokens):
             if self._file is None or self.lengths[-1] >= self.part_tokens:
                 self._next_part()
@@ -191,8 +195,9 @@ def write_shards(
     writers = {split: _SplitWriter(folder, split, vocab_size, part_tokens) for split in ("train", "val")}
     for batch in _batches(documents):
         encodings = tokenizer.encode_batch_fast([text for _, text in batch], add_special_tokens=False)
-        for (split, text), encoding in zip(batch, encodings, strict=True):
-            writers[split].add([*encoding.ids, eos_id], len(text.encode("utf-8")))
+        for split, writer in writers.items():
+            pairs = [pair for pair in zip(batch, encodings, strict=True) if pair[0][0] == split]
+            writer.add([([*encoding.ids, eos_id], len(text.encode("utf-8"))) for (_, text), encoding in pairs])
         if on_tokens:
             on_tokens(sum(len(encoding.ids) + 1 for encoding in encodings))
     splits = {split: writer.close() for split, writer in writers.items()}

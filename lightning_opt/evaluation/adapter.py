@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +15,11 @@ import torch
 from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
 from torch.utils import collect_env
+
+from lightning_opt.evaluation.quiet import aloud
+
+_LOG = logging.getLogger("lightning_opt.evaluation")
+_SAY_SECONDS = 15.0
 
 
 class CountingLM(HFLM):
@@ -29,11 +36,12 @@ class CountingLM(HFLM):
         self.choices: dict[str, dict[int, int]] = defaultdict(dict)
         self.tied: dict[str, set[int]] = defaultdict(set)
         self._asked: list[Any] = []
+        self._rows, self._said = 0, time.monotonic()
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Log-likelihoods (nats, summed over the continuation) and whether the continuation is the greedy one."""
-        self._asked = list(requests)
+        self._asked, self._rows = list(requests), 0
         answers = super().loglikelihood(requests, disable_tqdm=True)
         self._asked = []
         found = defaultdict(list)
@@ -62,8 +70,25 @@ class CountingLM(HFLM):
         kept = [(key, context, continuation[-self.max_length :]) for key, context, continuation in requests]
         return super()._loglikelihood_tokens(kept, *args, **{**kwargs, "disable_tqdm": True})
 
+    def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._tell(len(inps))
+        return super()._model_call(inps, *args, **kwargs)
+
+    def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._tell(len(context))
+        return super()._model_generate(context, *args, **kwargs)
+
+    def _tell(self, rows: int) -> None:
+        """A line now and then: the real sets take minutes."""
+        self._rows += rows
+        if time.monotonic() - self._said > _SAY_SECONDS:
+            self._said = time.monotonic()
+            with aloud():
+                _LOG.info("evaluation: prompt %d of at most %d", self._rows, len(self._asked))
+
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
         """Greedy continuations up to a stop string."""
+        self._asked, self._rows = list(requests), 0
         for request in requests:
             prompt, options = request.args[:2]
             room = self.max_length - options.get("max_gen_toks", self.max_gen_toks)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 
 _LOG = logging.getLogger("lightning_opt.evaluation")
 _CHATTERERS = ("lm_eval", "transformers", "datasets", "huggingface_hub", "accelerate", "filelock", "fsspec", "httpx")
+_terminal: list[tuple[io.TextIOBase, io.TextIOBase]] = []
 
 
 @contextlib.contextmanager
@@ -20,6 +22,7 @@ def quiet() -> Iterator[None]:
     """
     levels = {name: logging.getLogger(name).level for name in _CHATTERERS}
     heard = io.StringIO()
+    _terminal.append((sys.stdout, sys.stderr))
     try:
         for name in _CHATTERERS:
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -30,5 +33,17 @@ def quiet() -> Iterator[None]:
         _LOG.debug("lm-eval said:\n%s", heard.getvalue()[-20_000:])
         raise
     finally:
+        _terminal.pop()
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
+
+
+@contextlib.contextmanager
+def aloud() -> Iterator[None]:
+    """Inside `quiet`, lets our own log lines reach the terminal."""
+    if not _terminal:
+        yield
+        return
+    out, error = _terminal[0]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+        yield

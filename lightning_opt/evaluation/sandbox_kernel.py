@@ -79,7 +79,7 @@ def make_read_only(path: str) -> None:
 
 
 def enter_root(path: str) -> None:
-    """Makes the mount at `path` the root and lets go of the old root, so that nothing leads back (pivot_root(2), NOTES)."""
+    """Makes the mount at `path` the root and lets go of the old one: nothing leads back (pivot_root(2), NOTES)."""
     os.chdir(path)
     _check(_libc.pivot_root(b".", b"."), "pivot_root")
     _check(_libc.umount2(b".", _MNT_DETACH), "umount2")

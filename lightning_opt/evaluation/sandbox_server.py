@@ -79,7 +79,7 @@ def _free_user() -> int:
                 taken.add(str(entry.stat().st_uid))
     choice = random.SystemRandom()
     while True:
-        user = choice.randrange(70_000, 1_000_000)
+        user = choice.randrange(61_184, 65_520)  # below 65536: containers may map no more
         if str(user) not in taken:
             return user
 
@@ -193,7 +193,8 @@ def _give_up_rights(user: int, limits: Limits, keep: tuple[int, int], *, mapped:
 
 def _run(program: str, secret: int, report: int) -> None:
     """Runs the program; only when its last line is reached is the secret fetched and handed in."""
-    fetch, hand_in, digest = os.read, os.write, hashlib.sha256
+    fetch, hand_in, digest, whoami, leave = os.read, os.write, hashlib.sha256, os.getpid, os._exit
+    me = whoami()
     module = types.ModuleType("candidate")
     sys.modules["candidate"] = module
     try:
@@ -201,6 +202,8 @@ def _run(program: str, secret: int, report: int) -> None:
     except BaseException as error:
         hand_in(report, f"{type(error).__name__}: {error}"[:300].encode(errors="replace"))
         return
+    if whoami() != me:  # a child that the program forked runs on to here too, and does not speak for it
+        leave(0)
     hand_in(report, digest(fetch(secret, 64)).digest())
 
 

@@ -49,13 +49,13 @@ def evaluate(
         tokenizer: its tokenizer; needs an end-of-text or start-of-text token.
         config: `config["evaluation"]`; what it leaves out is as in `suites.DEFAULTS`.
         output: folder, usually `evaluation/` of a run folder.
-        context_length: tokens the model can see; None takes the model's own `max_position_embeddings`.
+        context_length: tokens the model can see, for models whose config has no `max_position_embeddings`.
         device: where to score; None means where the model is.
 
     Returns:
-        `suite`, `comparable` (whether the numbers may stand beside published ones), and per task either `metric`,
-        `value`, `stderr`, `n`, `shots`, `chance`, `truncated` (documents that did not fit the context) or `skipped`
-        (why).
+        `suite`, `comparable` (whether whole real sets were scored, so that the numbers may stand beside published
+        ones), and per task either `metric`, `value`, `stderr`, `n`, `shots`, `chance`, `truncated` (documents that
+        did not fit the context) or `skipped` (why).
 
     Raises:
         ConfigError: the configuration is wrong (see `check`), or the tokenizer has no special token to start from.
@@ -63,7 +63,7 @@ def evaluate(
     check(config)
     settings = {**DEFAULTS, **config}
     suite = settings["suite"]
-    head = {"suite": suite, "comparable": suite == "full" and settings["limit"] is None}
+    head: dict[str, Any] = {"suite": suite, "comparable": False}
     if suite == "none":
         return head | {task: {"skipped": "evaluation=none"} for task in TASKS}
     if tokenizer.eos_token_id is None and tokenizer.bos_token_id is None:
@@ -78,10 +78,12 @@ def evaluate(
     results: dict[str, Any] = {}
     summary: dict[str, Any] = {}
     if wanted:
-        _LOG.info("evaluation %s: %s", suite, ", ".join(wanted))
+        _LOG.debug("evaluation %s: %s", suite, ", ".join(wanted))
         _write(output / "tasks", settings, wanted, length)
         results, summary, failed = _on_device(model, device, tokenizer, wanted, output / "tasks", settings, length)
         skipped |= failed
+    whole = [entry["n"] == SOURCES[task].documents for task, entry in summary.items()]
+    head["comparable"] = suite == "full" and bool(whole) and all(whole)
     block = head | {task: summary.get(task) or {"skipped": skipped.get(task, "no result")} for task in TASKS}
     _keep(output, results, block, skipped, settings, seconds=time.monotonic() - started)
     return block
@@ -89,10 +91,10 @@ def evaluate(
 
 def _context(model: torch.nn.Module, given: int | None) -> int:
     own = getattr(model.config, "max_position_embeddings", None)
-    lengths = [length for length in (given, own) if length]
-    if not lengths:
+    # The model's own first: it is what lm-eval's command line takes, and what any user of the checkpoint gets.
+    if not (own or given):
         raise ConfigError("context_length", None, "must be given: the model's config has no max_position_embeddings")
-    return min(lengths)
+    return own or given
 
 
 def _refused_tasks(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -246,8 +248,8 @@ def _summary(task: str, results: dict[str, Any], lm: CountingLM) -> dict[str, An
     if choices and sum(len(lm.tied[member]) for member in members) == len(choices):
         entry["degenerate"] = True
         _LOG.warning(
-            "%s: every choice of every item got the same log-likelihood: the model or scorer is broken, and the score is "
-            "only the share of items whose first choice is right",
+            "%s: every choice of every item got the same log-likelihood: the model or the scorer is broken, and the "
+            "score is only the share of items whose first choice is right",
             task,
         )
     return entry

@@ -45,18 +45,20 @@ class TaskSource:
         files: split of lm-eval's task to local file name (`.gz` may be there or not).
         metric: what the summary shows, with lm-eval's filter.
         shots: examples in the prompt.
+        documents: size of the whole real set; a score of fewer documents stands beside no published one.
     """
 
     hub: str
     files: Mapping[str, str]
     metric: str
     shots: int
+    documents: int
 
 
 SOURCES: dict[str, TaskSource] = {
-    "hellaswag": TaskSource("Rowan/hellaswag", {"validation": "hellaswag_val.jsonl"}, "acc_norm,none", 0),
-    "mmlu": TaskSource("cais/mmlu", {"test": "mmlu_test.jsonl", "dev": "mmlu_dev.jsonl"}, "acc,none", 5),
-    "humaneval": TaskSource("openai/openai_humaneval", {"test": "humaneval.jsonl.gz"}, "pass@1,create_test", 0),
+    "hellaswag": TaskSource("Rowan/hellaswag", {"validation": "hellaswag_val.jsonl"}, "acc_norm,none", 0, 10_042),
+    "mmlu": TaskSource("cais/mmlu", {"test": "mmlu_test.jsonl", "dev": "mmlu_dev.jsonl"}, "acc,none", 5, 14_042),
+    "humaneval": TaskSource("openai/openai_humaneval", {"test": "humaneval.jsonl.gz"}, "pass@1,create_test", 0, 164),
 }
 
 

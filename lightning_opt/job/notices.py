@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +80,13 @@ def table(indent: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> 
         log.info("%s%s", indent, "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def last_block(folder: Path, summary: dict[str, Any], overrides: list[str]) -> None:
+def last_block(folder: Path, summary: dict[str, Any], commands: Sequence[tuple[str, str]]) -> None:
     """Says how it went, where everything is, and what can be typed next.
 
     Args:
         folder: the run folder.
         summary: ``summary.json``.
-        overrides: the command line's overrides, for the commands.
+        commands: pairs of what it does and the command.
     """
     log.info("")
     loss = summary["val_loss"]
@@ -107,12 +107,10 @@ def last_block(folder: Path, summary: dict[str, Any], overrides: list[str]) -> N
         log.info("speed      %s tokens/s per device%s", f"{summary['tokens_per_s_per_device']:,.0f}", share)
     for task, score in scores(summary).items():
         log.info("%-10s %s", task, score)
-    words = " ".join(shlex.quote(word) for word in overrides)
     log.info("report     %s", folder / "report.html")
-    log.info("again      python train.py %s", words)
-    log.info("evaluate   python -m recipes.evaluate %s --suite full", shlex.quote(str(folder)))
-    others = [word for word in overrides if not word.startswith("optimizer=")]
-    log.info("compare    python train.py -m optimizer=adamw,lion %s", " ".join(shlex.quote(word) for word in others))
+    for what, command in commands:
+        log.info("%s:", what)
+        log.info("  %s", command)
 
 
 def scores(summary: dict[str, Any]) -> dict[str, str]:

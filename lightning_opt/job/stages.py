@@ -97,7 +97,7 @@ def _guarded(order: Order, folder: RunFolder, status: Status) -> int:
         log.error("failed: %s", status.reason)
         log.error("%s", traceback.format_exc())
         code = FAILED
-    _report(order, folder)
+    _report(folder)
     return code
 
 
@@ -111,7 +111,12 @@ def _train_and_evaluate(order: Order, folder: RunFolder, status: Status) -> str 
     training.prepare(config["seed"], config["trainer"]["num_threads"])
     token_data = data.build(_data_config(config), seed=config["seed"])
     plan = order.plan if order.plan.max_steps else check(config, sequences=len(token_data.train))
-    model = models.build(config["model"], vocab_size=token_data.vocab_size, instantiate=order.instantiate)
+    model = models.build(
+        config["model"],
+        vocab_size=token_data.vocab_size,
+        instantiate=order.instantiate,
+        eos_token_id=token_data.tokenizer.eos_token_id,
+    )
     described = anatomy.describe(model)
     optimizer = optim.build(model, config["optimizer"])
     flops = flops_per_token(
@@ -223,7 +228,6 @@ def _evaluate(order: Order, folder: RunFolder, model: Any, tokenizer: Any, devic
     config = order.config["evaluation"]
     if config["suite"] == "none":
         return
-    log.info("evaluation %s suite: %s", config["suite"], ", ".join(config["tasks"]))
     evaluation.evaluate(
         model,
         tokenizer,
@@ -234,7 +238,7 @@ def _evaluate(order: Order, folder: RunFolder, model: Any, tokenizer: Any, devic
     )
 
 
-def _report(order: Order, folder: RunFolder) -> None:
+def _report(folder: RunFolder) -> None:
     """Summary, report and last block, for unfinished runs too; a fault here must not hide the run's own state."""
     try:
         summary = summarize(folder)
@@ -242,7 +246,7 @@ def _report(order: Order, folder: RunFolder) -> None:
         from lightning_opt import reports
 
         reports.write(folder.path)
-        notices.last_block(folder.path, summary, order.overrides)
+        notices.last_block(folder.path, summary, reports.next_commands(reports.read(folder.path)))
     except Exception as error:
         log.error("the report could not be written: %s: %s", type(error).__name__, error)
         log.error("%s", traceback.format_exc())

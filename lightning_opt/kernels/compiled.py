@@ -35,13 +35,15 @@ def _graph(rule: Rule, names: tuple[str, ...], l2: bool) -> Callable[..., None]:
     """The function to compile: lists in, written in place; `numbers` holds shrink, l2 and the scalars in order."""
 
     def update_all(numbers: Tensor, params: list[Tensor], grads: list[Tensor], *states: list[Tensor]) -> None:
-        shrink, coupled, *scalars = numbers.unbind()
+        shrink, coupled, *scalars = numbers.to(wide(params[0]).dtype).unbind()
         named = dict(zip(names, scalars, strict=True))
         for p, g, *state in zip(params, grads, *states, strict=True):
-            widened = tuple(wide(s) for s in state)
-            new = apply(rule, wide(p), wide(g), widened, shrink, coupled if l2 else None, named)
-            for old, value in zip((p, *state), new, strict=True):
-                old.copy_(value)
+            stored = (p, *state)
+            computed = [wide(tensor) for tensor in stored]
+            apply(rule, computed[0], wide(g), computed[1:], shrink, coupled if l2 else None, named)
+            for old, new in zip(stored, computed, strict=True):
+                if new is not old:
+                    old.copy_(new)
 
     return update_all
 

@@ -6,9 +6,11 @@ from lightning_opt.kernels.rule import Bucket, Rule, apply, wide
 
 
 def run(rule: Rule, bucket: Bucket) -> None:
-    """Carries the update out in place. Temporaries: a few times the largest tensor."""
-    for p, g, *state in zip(bucket.params, bucket.grads, *bucket.states, strict=True):
-        widened = tuple(wide(s) for s in state)
-        new = apply(rule, wide(p), wide(g), widened, bucket.shrink, bucket.l2, bucket.scalars)
-        for old, value in zip((p, *state), new, strict=True):
-            old.copy_(value)
+    """Carries the update out in place. Temporaries: one to three times the largest tensor."""
+    for p, g, *states in zip(bucket.params, bucket.grads, *bucket.states, strict=True):
+        stored = (p, *states)
+        computed = [wide(tensor) for tensor in stored]
+        apply(rule, computed[0], wide(g), computed[1:], bucket.shrink, bucket.l2, bucket.scalars)
+        for old, new in zip(stored, computed, strict=True):
+            if new is not old:
+                old.copy_(new)

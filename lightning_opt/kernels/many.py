@@ -13,7 +13,8 @@ class Many:
     """A list of tensors under the arithmetic of one.
 
     ``a * b``, ``2 * a``, ``torch.sqrt(a)`` and every other torch function work element by element of the list: through
-    ``torch._foreach_*`` where torch has it for these arguments, else tensor by tensor. Results are new `Many`.
+    ``torch._foreach_*`` where torch has it for these arguments, else tensor by tensor. Results are new `Many`, but for
+    in-place methods (``a.mul_(2)``), which write into the tensors.
 
     Args:
         tensors: the list; `Many` objects in one expression must be equally long.
@@ -37,6 +38,19 @@ class Many:
         if foreach is not None and isinstance(args[0], Many) and not kwargs:
             return _foreach(foreach, func, args)
         return _one_by_one(func, args, kwargs)
+
+    def __getattr__(self, name: str) -> Callable[..., Many]:
+        """Tensor methods, ``mul_`` and the like: in place on every tensor, returning this list."""
+        if name.startswith("__") or not hasattr(Tensor, name):
+            raise AttributeError(name)
+
+        def method(*args: Any) -> Many:
+            foreach = getattr(torch, f"_foreach_{name}", None)
+            single = getattr(Tensor, name)
+            result = _foreach(foreach, single, (self, *args)) if foreach else _one_by_one(single, (self, *args), {})
+            return self if name.endswith("_") else result
+
+        return method
 
     def __add__(self, other: Any) -> Many:
         return _foreach(torch._foreach_add, torch.add, (self, other))
@@ -74,7 +88,7 @@ class Many:
 
 def _foreach(foreach: Callable[..., list[Tensor]], single: Callable[..., Tensor], args: tuple[Any, ...]) -> Many:
     try:
-        return Many(list(foreach(*[arg.tensors if isinstance(arg, Many) else arg for arg in args])))
+        return Many(foreach(*[arg.tensors if isinstance(arg, Many) else arg for arg in args]) or [])
     except TypeError:  # torch has this foreach op, but not for these argument types
         return _one_by_one(single, args, {})
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +16,10 @@ class Rule:
 
     Attributes:
         name: the word users write, for example ``lion``.
-        update: ``update(p, g, *state, **scalars) -> (new p, *new state)``; plain arithmetic and `torch` functions on
-            tensors of one shape, no in-place writes: the same code runs on tensors, on lists of tensors (`Many`) and
-            through the compiler.
+        update: ``update(p, g, *state, **scalars)``, writes weight and states in place and leaves the gradient alone;
+            plain arithmetic, `torch` functions and methods on tensors of one shape, all float32 or all float64: the
+            same code runs on tensors, on lists of tensors (`Many`) and through the compiler. Scalars may be floats or
+            0-dim tensors, so they go where both can (operators, ``mul_``, ``lerp_``; not ``alpha=``).
         scalars: ``scalars(step, group) -> {name: float}``: what `update` needs besides tensors, worked out once per
             step in Python's double precision; ``step`` counts from 1, ``group`` is the parameter group.
         state: names of the state tensors, each shaped like the parameter and zero at first.
@@ -30,7 +31,7 @@ class Rule:
     """
 
     name: str
-    update: Callable[..., tuple[Any, ...]]
+    update: Callable[..., None]
     scalars: Callable[[int, Mapping[str, Any]], dict[str, float]]
     state: tuple[str, ...]
     defaults: Mapping[str, Any]
@@ -74,16 +75,16 @@ class Bucket:
         )
 
 
-def apply(rule: Rule, p: Any, g: Any, state: tuple[Any, ...], shrink: Any, l2: Any, scalars: Mapping[str, Any]) -> Any:
-    """One update: decay into the gradient (``l2``) or onto the weight (``shrink``), then the rule.
+def apply(rule: Rule, p: Any, g: Any, state: Iterable[Any], shrink: Any, l2: Any, scalars: Mapping[str, Any]) -> None:
+    """One update in place: decay into the gradient (``l2``) or onto the weight (``shrink``), then the rule.
 
-    Works on tensors and on `Many`; scalars may be floats or 0-dim tensors. Returns ``(new p, *new state)``.
+    Works on tensors and on `Many`, all in the dtype updates are computed in.
     """
     if l2 is not None:
         g = g + l2 * p
     if shrink is not None:
-        p = p * shrink
-    return rule.update(p, g, *state, **scalars)
+        p.mul_(shrink)
+    rule.update(p, g, *state, **scalars)
 
 
 def wide(tensor: Tensor) -> Tensor:

@@ -11,10 +11,10 @@ from typing import NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
+from hydra.types import TaskFunction
+from omegaconf import DictConfig
 
-from lightning_opt.launch import task
 from lightning_opt.launch.compose import CONF, CONFIG_NAME, Composer
-from lightning_opt.launch.preflight import check_command
 from lightning_opt.plan import ConfigError
 
 FINISHED, FAILED, WRONG, DIVERGED = 0, 1, 2, 3
@@ -34,7 +34,9 @@ def main(argv: Sequence[str], conf: Path = CONF) -> int:
     try:
         args = _arguments(argv)
         if args.help or args.hydra_help or args.shell_completion or args.info or args.experimental_rerun:
-            return _hand_to_hydra(list(argv), conf)
+            return _hand_to_hydra(list(argv), conf, _nothing)
+        from lightning_opt.launch.preflight import check_command  # not for --help, which should be quick
+
         with Composer(
             conf, Path(args.config_dir) if args.config_dir else None, args.config_name or CONFIG_NAME
         ) as composer:
@@ -43,10 +45,12 @@ def main(argv: Sequence[str], conf: Path = CONF) -> int:
         print(error, file=sys.stderr)
         return WRONG
     if args.cfg:
-        return _hand_to_hydra(list(argv), conf)
+        return _hand_to_hydra(list(argv), conf, _nothing)
+    from lightning_opt.launch import task
+
     task.named_folder = command.folder
     task.codes.clear()
-    code = _hand_to_hydra([*_flags(args), *command.overrides], conf)
+    code = _hand_to_hydra([*_flags(args), *command.overrides], conf, task.run_job)
     return code or sweep_code(task.codes)
 
 
@@ -78,10 +82,14 @@ def _flags(args: argparse.Namespace) -> list[str]:
     return flags + (["--config-name", args.config_name] if args.config_name else [])
 
 
-def _hand_to_hydra(argv: list[str], conf: Path) -> int:
+def _nothing(cfg: DictConfig) -> None:
+    """What Hydra would run after showing help; it never does."""
+
+
+def _hand_to_hydra(argv: list[str], conf: Path, function: TaskFunction) -> int:
     with _as_command_line(argv):
         try:
-            hydra.main(config_path=str(conf), config_name=CONFIG_NAME, version_base="1.3")(task.run_job)()
+            hydra.main(config_path=str(conf), config_name=CONFIG_NAME, version_base="1.3")(function)()
         except SystemExit as stop:
             return stop.code if isinstance(stop.code, int) else FINISHED if stop.code is None else FAILED
     return FINISHED

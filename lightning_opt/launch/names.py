@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from hydra.core.override_parser.types import Override
-from omegaconf import DictConfig, OmegaConf
 from omegaconf._utils import split_key
 
 from lightning_opt.launch.compose import Composer
@@ -40,20 +39,19 @@ def check_group(override: Override, composer: Composer) -> None:
         return
     if override.is_add() and override.package is None and not group.startswith("hydra/"):
         raise ConfigError(f"+{group}", value, f"is already chosen once: leave out the +, {group}={show(value)}")
-    options = composer.options(group)
     if value is None:
         if group in _NULLABLE:
             return
-        hint = "say ~tuned to leave it out" if group == "tuned" else one_of("", options)
+        hint = "say ~tuned to leave it out" if group == "tuned" else one_of("", composer.options(group))
         raise ConfigError(group, value, hint)
     for option in value if isinstance(value, list) else [value]:
         name = show(option)
-        if name not in options:
-            raise ConfigError(group, name, one_of(name, options))
+        if name not in composer.options_in(group) and name not in composer.options(group):
+            raise ConfigError(group, name, one_of(name, composer.options(group)))
 
 
-def check_field(override: Override, base: DictConfig, composer: Composer) -> bool:
-    """Checks a field's name against the configuration that the group choices make.
+def check_field(override: Override, tree: dict[str, Any], composer: Composer) -> bool:
+    """Checks a field's name against the configuration that the group choices make, `tree` (unresolved).
 
     Returns:
         Whether the field is new, in a map that takes new keys.
@@ -62,7 +60,6 @@ def check_field(override: Override, base: DictConfig, composer: Composer) -> boo
         ConfigError: no such field, or it may not be added or removed.
     """
     key, value = override.key_or_group, _value(override)
-    tree = OmegaConf.to_container(base, resolve=False)
     sign = "~" if override.is_delete() else "+" if override.is_add() or override.is_force_add() else ""
     parts = tuple(split_key(key))
     open_map = _is_open(parts, tree)

@@ -83,6 +83,7 @@ def check_command(composer: Composer, lines: Sequence[str], *, multirun: bool = 
             "hydra.run.dir", cfg.hydra.run.dir, "names one run's folder; a sweep takes hydra.sweep.dir=FOLDER"
         )
     if not sweep and any(o.key_or_group == "hydra.run.dir" for o in overrides):
+        cfg = composer.compose(marked)  # whole, because the folder's name may use Hydra's own words
         HydraConfig.instance().set_config(cfg)
         folder = Path(str(cfg.hydra.run.dir))
         marked = [line for line in marked if not line.lstrip("+").startswith("hydra.run.dir=")]
@@ -126,25 +127,28 @@ def _with_model_tokenizer(config: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Checker:
-    """Checks names against what the group choices of a job make, which several jobs may share."""
+    """Composes and checks jobs; those with the same group choices share one composition."""
 
     def __init__(self, composer: Composer) -> None:
         self.composer = composer
-        self._bases: dict[tuple[str, ...], DictConfig] = {}
+        self._bases: dict[tuple[str, ...], tuple[DictConfig, dict[str, Any]]] = {}
         self._new: set[str] = set()
 
     def compose(self, job: list[Override], sweep: bool) -> DictConfig:
+        """The configuration of a job whose every name was found right."""
         choices = [override for override in job if is_group_choice(override, self.composer)]
-        fields = [override for override in job if override not in choices]
         for override in choices:
             check_group(override, self.composer)
         key = tuple(str(override.input_line) for override in choices)
         if key not in self._bases:
-            self._bases[key] = self.composer.compose(key, sweep=sweep)
+            base = self.composer.compose(key, sweep=sweep)
+            self._bases[key] = base, OmegaConf.to_container(base, resolve=False)  # type: ignore[assignment]
+        base, tree = self._bases[key]
+        fields = [override for override in job if override not in choices]
         for override in fields:
-            if check_field(override, self._bases[key], self.composer):
+            if check_field(override, tree, self.composer):
                 self._new.add(override.key_or_group)
-        return self.composer.compose([self.marked(override) for override in job], sweep=sweep)
+        return self.composer.with_fields(base, self.composer.parse([self.marked(override) for override in fields]))
 
     def marked(self, override: Override) -> str:
         """The override as Hydra wants it: new keys of open maps need `++`."""

@@ -13,14 +13,21 @@ from lightning_opt.plan import ConfigError
 _NOT_ARCHITECTURE = ("name", "z_loss", "activation_checkpointing", "non_embedding_params")
 
 
-def build(config: dict[str, Any], *, vocab_size: int, instantiate: Callable[..., nn.Module]) -> nn.Module:
+def build(
+    config: dict[str, Any],
+    *,
+    vocab_size: int,
+    instantiate: Callable[..., nn.Module],
+    eos_token_id: int | None = None,
+) -> nn.Module:
     """Builds the model of the config.
 
     Args:
         config: the ``model`` group; ``_target_`` names the builder, e.g. ``lightning_opt.models.llama``.
-        vocab_size: size of the tokenizer's vocabulary. A builder that makes a new model gets it; a model that has its
-            own vocabulary must be at least as large.
+        vocab_size: size of the tokenizer's vocabulary. A group that states one makes a new model, and gets this; a
+            model that has its own vocabulary (``vocab_size`` null) must be at least as large.
         instantiate: calls ``_target_`` with the group's other keys (Hydra's, handed down).
+        eos_token_id: the tokenizer's end of text, where a new model's generation stops.
 
     Returns:
         A causal language model in train mode whose forward returns an object with ``logits`` (B, T, V).
@@ -29,9 +36,12 @@ def build(config: dict[str, Any], *, vocab_size: int, instantiate: Callable[...,
         ConfigError: the tokenizer has ids that the model does not know, or checkpointing is not to be had.
     """
     architecture = {key: value for key, value in config.items() if key not in _NOT_ARCHITECTURE}
-    if "vocab_size" in architecture:
+    if architecture.pop("vocab_size", None) is not None:
         architecture["vocab_size"] = vocab_size
     model = instantiate(architecture)
+    if "vocab_size" in architecture and eos_token_id is not None:
+        for settings in (model.config, model.generation_config):
+            settings.eos_token_id = eos_token_id
     rows = model.get_input_embeddings().num_embeddings if hasattr(model, "get_input_embeddings") else vocab_size
     if rows < vocab_size:
         raise ConfigError("data.tokenizer", f"{vocab_size} ids", f"the model's own tokenizer: it has {rows} embeddings")

@@ -79,32 +79,17 @@ def scalars(step: int, group: Mapping[str, Any]) -> dict[str, float]:
     return {
         "rate": group["lr"] / (1 - beta1**step),
         "root": math.sqrt(1 - beta2**step),
-        "beta1": beta1,
         "new1": 1 - beta1,
-        "beta2": beta2,
         "new2": 1 - beta2,
         "eps": group["eps"],
     }
 
 
-def update(
-    p: Any,
-    g: Any,
-    m: Any,
-    v: Any,
-    *,
-    rate: float,
-    root: float,
-    beta1: float,
-    new1: float,
-    beta2: float,
-    new2: float,
-    eps: float,
-) -> Any:
-    """One step: (weight, first moment, second moment)."""
-    m = beta1 * m + new1 * g
-    v = beta2 * v + new2 * (g * g)
-    return p - rate * (m / (torch.sqrt(v) / root + eps)), m, v
+def update(p: Any, g: Any, m: Any, v: Any, *, rate: float, root: float, new1: float, new2: float, eps: float) -> None:
+    """One step in place. ``lerp(m, g, w)`` is ``(1 - w) m + w g``."""
+    m.lerp_(g, new1)
+    v.lerp_(g * g, new2)
+    p.sub_((m / torch.sqrt(v).div_(root).add_(eps)).mul_(rate))
 
 
 RULE = Rule(

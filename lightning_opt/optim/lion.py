@@ -72,13 +72,13 @@ class Lion(Optimizer):
 def scalars(step: int, group: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of one step."""
     beta1, beta2 = group["betas"]
-    return {"lr": group["lr"], "beta1": beta1, "new1": 1 - beta1, "beta2": beta2, "new2": 1 - beta2}
+    return {"lr": group["lr"], "new1": 1 - beta1, "new2": 1 - beta2}
 
 
-def update(p: Any, g: Any, m: Any, *, lr: float, beta1: float, new1: float, beta2: float, new2: float) -> Any:
-    """One step: (weight, momentum)."""
-    direction = torch.sign(beta1 * m + new1 * g)
-    return p - lr * direction, beta2 * m + new2 * g
+def update(p: Any, g: Any, m: Any, *, lr: float, new1: float, new2: float) -> None:
+    """One step in place. ``lerp(m, g, w)`` is ``(1 - w) m + w g``."""
+    p.sub_(torch.lerp(m, g, new1).sign_().mul_(lr))
+    m.lerp_(g, new2)
 
 
 RULE = Rule("lion", update, scalars, state=("exp_avg",), defaults={"betas": (0.9, 0.99)}, traffic=20)

@@ -63,7 +63,7 @@ def build(config: Mapping[str, Any], max_steps: int) -> Schedule:
 
     Args:
         config: ``name`` (linear, cosine, wsd, constant), ``warmup`` (fraction of the run below 1, or steps),
-            ``min_ratio`` (the last multiplier, 0 to 1), ``decay`` (wsd only: the share of the run spent decaying).
+            ``min_ratio`` (the last multiplier, 0 to 1), ``decay`` (wsd only: the decaying end, fraction or steps).
         max_steps: optimizer steps of the whole run, at least 1.
 
     Returns:
@@ -87,7 +87,7 @@ def build(config: Mapping[str, Any], max_steps: int) -> Schedule:
     if warmup > max_steps:
         raise ConfigError("schedule.warmup", config["warmup"], f"at most the {max_steps} steps of the run")
     rest = max_steps - warmup
-    decaying = min(rest, round(amounts["decay"] * max_steps)) if name == "wsd" else rest
+    decaying = min(rest, steps_of(amounts["decay"], max_steps)) if name == "wsd" else rest
     return _multiplier(SHAPES[name], warmup, max_steps, decaying, float(amounts["min_ratio"]))
 
 

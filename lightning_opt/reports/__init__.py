@@ -9,5 +9,6 @@ __getattr__, __dir__, __all__ = attach(
         "reading": ["Run", "read"],
         "canvas": ["Figure"],
         "tables": ["Table"],
+        "commands": ["next_commands"],
     },
 )

@@ -70,7 +70,9 @@ def verdict(run: Run, entries: Sequence[Score], suite: str | None, comparable: b
     summary = run.summary
     loss = q.finite(summary.get("val_loss"))
     size = q.finite(summary.get("params_total"))
-    trained = f"{optimizer_name(run)} trained {model_name(run)}" + (f" ({q.short(size)} parameters)" if size else "")
+    until = "Until then " if run.state in ("DIVERGED", "FAILED", "PREEMPTED") else ""
+    trained = f"{until}{optimizer_name(run)} trained {model_name(run)}"
+    trained += f" ({q.short(size)} parameters)" if size else ""
     tokens = q.finite(summary.get("tokens"))
     if tokens is None:
         return f"{trained}: no training step was logged."
@@ -183,8 +185,9 @@ def notes(run: Run, entries: Sequence[Score], suite: str | None, comparable: boo
         found.append(
             f"{_listed(worse)}: below chance by more than two standard errors; look at the answers before the model."
         )
-    if suite is not None and not comparable:
-        found.append(f"The {suite} sets are small and our own: their scores are not comparable with published numbers.")
+    if suite is not None and not comparable and any(entry.value is not None for entry in entries):
+        why = "sets are small and our own" if suite == "mini" else "sets were not scored on every item"
+        found.append(f"The {suite} {why}: these scores are not comparable with published numbers.")
     found.append(
         "One run with one seed (n = 1): it has no spread, so a small difference from another run means nothing."
     )

@@ -42,6 +42,7 @@ def clean_text(text: str) -> str:
             return match[0]
         return f"{match['name']}{match['sign']}{REDACTED}"
 
+    text = text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair, as JSON may hold, cannot be written
     return _NAMED.sub(hide, _LITERAL.sub(REDACTED, text))
 
 

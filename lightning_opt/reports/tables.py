@@ -268,7 +268,8 @@ def events(run: Run) -> Table:
 def environment(run: Run) -> Table:
     """Where it ran, and on what versions."""
     env = run.env
-    dirty = {True: "yes: the code differed from this commit", False: "no"}.get(env.get("git_dirty"))
+    flag = env.get("git_dirty")
+    dirty = "yes: the code differed from this commit" if flag is True else "no" if flag is False else None
     rows = [
         ("machine", "device", env.get("device_name") or env.get("device")),
         ("machine", "processor cores", env.get("cpu_count")),

@@ -19,7 +19,7 @@ from lightning_opt.run_folder import Diverged
 class PretrainModule(pl.LightningModule):
     """Trains a causal language model on token sequences.
 
-    Logs ``train/loss`` (nats per token) and ``lr/<role>`` each step; at validation ``val/loss/<corpus>``, ``val/loss``
+    Logs ``train/loss`` (nats per token, the mean over a step's micro-batches) and ``lr/<role>`` each step; at validation ``val/loss/<corpus>``, ``val/loss``
     (their mean weighted as the mixture is), ``val/perplexity`` = exp(val/loss) and ``val/bits_per_byte``.
 
     Args:
@@ -47,8 +47,8 @@ class PretrainModule(pl.LightningModule):
         self.corpora = dict(corpora)
         self._optimizer = optimizer
         self._schedule = schedule
-        self._rates: dict[str, float] = {}
-        self._last_loss: Tensor | None = None
+        self._micro_losses: list[Tensor] = []
+        self._of_step: dict[str, Any] = {}
         self._val_loss = nn.ModuleList(MeanMetric() for _ in self.corpora)
         self._val_bytes = nn.ModuleList(SumMetric() for _ in self.corpora)
         self._val_nats = nn.ModuleList(SumMetric() for _ in self.corpora)
@@ -62,8 +62,7 @@ class PretrainModule(pl.LightningModule):
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
         """Mean loss of one micro-batch of ``input_ids`` and ``labels``, int64 (B, T)."""
         loss = causal_lm_loss(self.model, batch["input_ids"], batch["labels"], self.z_loss)
-        self._last_loss = loss.nll
-        self.log("train/loss", loss.nll, on_step=True, on_epoch=False, batch_size=len(batch["labels"]))
+        self._micro_losses.append(loss.nll)
         return loss.total
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
@@ -73,17 +72,22 @@ class PretrainModule(pl.LightningModule):
             Diverged: the gradient norm is infinite or NaN.
         """
         norm = float(self._optimizer.clip_())
+        loss = torch.stack(self._micro_losses).mean()
+        self._micro_losses.clear()
         if not math.isfinite(norm):
             rate = max(group["lr"] for group in self._optimizer.param_groups)
             raise Diverged(
                 f"gradient norm {norm} at step {self.trainer.global_step + 1} "
-                f"(loss {float(self._last_loss):.4g}, lr {rate:.3g}); the step was not taken"
+                f"(loss {float(loss):.4g}, lr {rate:.3g}); the step was not taken"
             )
-        self._rates = {f"lr/{group['role']}": group["lr"] for group in self._optimizer.param_groups}
+        rates = {f"lr/{group['role']}": group["lr"] for group in self._optimizer.param_groups}
+        self._of_step = {"train/loss": loss, **rates}
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """Logs the rates that this step used; the scheduler has already moved on."""
-        self.log_dict(self._rates, on_step=True, on_epoch=False)
+        """Logs the step's loss and the rates it used: by now the scheduler has moved on."""
+        if self._of_step:
+            self.log_dict(self._of_step, on_step=True, on_epoch=False)
+            self._of_step = {}
 
     def validation_step(self, batch: dict[str, Tensor], _: int, dataloader_idx: int = 0) -> None:
         """Sums the loss of one corpus; labels of -100 do not count."""

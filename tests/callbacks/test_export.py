@@ -110,6 +110,13 @@ def test_a_failed_save_raises_and_leaves_the_older_export(tmp_path: Path, monkey
     assert not list(tmp_path.glob(".model*"))
 
 
+def test_a_file_in_the_folders_place_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "model").write_text("mine")
+    with pytest.raises(NotADirectoryError):
+        Export().save(Llama().model, tmp_path / "model")
+    assert (tmp_path / "model").read_text() == "mine"
+
+
 def test_a_save_that_silently_writes_nothing_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def nothing(self: Any, folder: Path, **_: Any) -> None:
         folder.mkdir()

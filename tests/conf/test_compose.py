@@ -78,11 +78,20 @@ def test_every_experiment_and_debug_goes_with_every_optimizer(composer):
                 check_job(composer.compose([f"{group}={name}", f"optimizer={optimizer}"]))
 
 
+def test_every_debug_shrinks_every_experiment(composer):
+    for debug in composer.options("debug"):
+        for experiment in composer.options("experiment"):
+            config = check_job(composer.compose([f"debug={debug}", f"experiment={experiment}"]))
+            assert plan.check(config).max_steps <= 200
+
+
 def test_every_tuned_record_names_what_exists(composer):
+    optimizers, models = composer.options("optimizer"), {*composer.options("model"), *AWAITED}
+    scales = {*composer.options("scale"), "any"}
     for record in plan.tuned_records():
-        assert record.optimizer in composer.options("optimizer")
-        assert record.model in {*composer.options("model"), *AWAITED}
-        assert set(record.scales) <= {*composer.options("scale"), "any"}
+        assert record.optimizer in optimizers
+        assert record.model in models
+        assert set(record.scales) <= scales
 
 
 def test_every_tuned_record_is_used_by_its_cell_and_sets_only_fields_that_exist(composer):

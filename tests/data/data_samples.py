@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-WORDS = "the a blue red old new house tree river runs stands falls over under with 12 345 naïve 数 🙂 \n\n def return x = y + 1".split(
-    " "
-)
+WORDS = [
+    "the", "a", "blue", "red", "old", "new", "house", "tree", "river", "runs", "stands", "falls", "over", "under",
+    "with", "12", "345", "naïve", "数", "🙂", "\n\n", "def", "return", "x", "=", "y", "+", "1",
+]  # fmt: skip
 
 
 def make_texts(count: int, start: int = 0) -> list[str]:

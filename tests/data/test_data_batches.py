@@ -48,10 +48,8 @@ def test_workers_change_nothing(mixture: Mixture, workers: int, context: str) ->
 def test_the_state_is_one_integer_and_resumes_exactly(mixture: Mixture, workers: int, stop: int) -> None:
     whole = inputs(loader(mixture, batch_size=4, count=48))
     first = loader(mixture, batch_size=4, count=48, num_workers=workers)
-    seen = []
     iterator = iter(first)
-    for _ in range(stop):
-        seen.append(next(iterator)["input_ids"].tolist())
+    seen = [next(iterator)["input_ids"].tolist() for _ in range(stop)]
     state = first.state_dict()
     assert state == {"batches": stop}
     second = loader(mixture, batch_size=4, count=48, num_workers=workers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -156,12 +157,13 @@ def test_check_refuses(config: Config, changes: dict, message: str) -> None:
 def test_check_imports_nothing_heavy(config: Config) -> None:
     code = (
         "import sys, json; from lightning_opt import data; data.check(json.loads(sys.argv[1]));"
-        "print([m for m in ('torch', 'transformers', 'grain', 'datasets', 'tokenizers', 'pyarrow') if m in sys.modules])"
+        "heavy = {'torch', 'transformers', 'grain', 'datasets', 'tokenizers', 'pyarrow'};"
+        "print(heavy & set(sys.modules))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, json.dumps(config())], capture_output=True, text=True, check=True
     )
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.strip() == "set()"
 
 
 def test_an_unwritable_cache_is_named(config: Config, tmp_path: Path) -> None:
@@ -246,9 +248,8 @@ def test_real_text(shared_data: Path, tmp_path: Path, config: Config) -> None:
     for source in sorted((shared_data / "text").glob("*.jsonl")):
         with source.open(encoding="utf-8") as lines:
             (folder / source.name).write_text("".join(line for _, line in zip(range(250), lines, strict=False)))
-    built = data.build(
-        config(path=str(folder), weights="study", tokenizer={"vocab_size": 1024}, sequence_length=64), seed=1
-    )
+    changes = {"path": str(folder), "weights": "study", "tokenizer": {"vocab_size": 1024}, "sequence_length": 64}
+    built = data.build(config(**changes), seed=1)
     assert [c.name for c in built.corpora] == ["code", "math", "web"]
     for info in built.corpora:
         rows = (folder / f"{info.name}_val.jsonl").read_text(encoding="utf-8").splitlines()
@@ -282,3 +283,52 @@ def test_a_tokenizer_that_drops_text_is_told(
     with caplog.at_level(logging.WARNING, "lightning_opt.data"):
         data.build(config(tokenizer=given), seed=1)
     assert "of the bytes of long" in caplog.text
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_the_next_build_is_right(shared_data: Path, config: Config, tmp_path: Path) -> None:
+    settings = config(path=str(shared_data / "text"), tokenizer={"vocab_size": 512})
+    wanted = data.build({**settings, "cache_dir": str(tmp_path / "whole")}, seed=1).fingerprint
+    code = (
+        "import sys, json; from lightning_opt import data;"
+        "print('go', flush=True); print(data.build(json.loads(sys.argv[1]), seed=1).fingerprint)"
+    )
+    command = [sys.executable, "-c", code, json.dumps(settings)]
+    for pause in (0.2, 0.8, 1.5, 2.5, 3.5, 4.0, 4.5):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout
+        process.stdout.readline()
+        time.sleep(pause)
+        process.kill()
+        process.wait()
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [process.communicate()[0].split() for process in both] == [["go", wanted]] * 2
+    left = [path.name for path in (tmp_path / "cache").iterdir() if not path.name.endswith(".lock")]
+    assert sorted(name.split("-")[0] for name in left) == ["code", "math", "sources.json", "tokenizer", "web"]
+
+
+def test_progress_is_plain_lines_off_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from lightning_opt.data import progress
+
+    monkeypatch.setattr(progress, "_LINE_EVERY_S", 0.0)
+    with caplog.at_level(logging.INFO, "lightning_opt.data"), progress.progress("tokenising x", 2_000_000) as advance:
+        advance(1_000_000)
+    assert caplog.records[0].getMessage() == "tokenising x: 1 of 2 MB"
+    assert "done in" in caplog.text
+
+
+def test_progress_is_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pty
+
+    from lightning_opt.data import progress
+
+    reading, writing = pty.openpty()
+    with os.fdopen(writing, "w") as terminal, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", terminal)
+        with progress.progress("tokenising x", 2_000_000) as advance:
+            advance(1_000_000)
+        shown = os.read(reading, 10_000).decode()
+    os.close(reading)
+    assert "tokenising x" in shown

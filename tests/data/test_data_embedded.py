@@ -86,7 +86,7 @@ def test_every_chain_of_equal_signs_is_true() -> None:
                 values = {evaluate(side) for side in line.split(" = ")}
                 assert len(values) == 1, f"{maker.__name__}: {line}"
                 checked += 1
-    assert checked > 1500
+    assert checked > 1000
 
 
 @pytest.mark.parametrize("seed", range(25))
@@ -103,11 +103,11 @@ def test_answers_of_worded_problems(seed: int) -> None:
     assert (a * px + py, d * px - py) == (e, f)
     n, base, digits = re.search(
         r"Write (\d+) in base (\d+).*: (\d+) in base", mathematics._base_conversion(r(seed)), re.S
-    ).groups()  # type: ignore[union-attr]  # noqa: E501
+    ).groups()  # type: ignore[union-attr]
     assert int(digits, int(base)) == int(n)
     n, product = re.search(
         r"^Write (\d+) .*?(?:= ([\d *]+)|(?<=is prime)\.)$", mathematics._prime_factors(r(seed)), re.S
-    ).groups()  # type: ignore[union-attr]  # noqa: E501
+    ).groups()  # type: ignore[union-attr]
     factors = [int(p) for p in product.split(" * ")] if product else [int(n)]
     assert all(sympy.isprime(p) for p in factors)
     assert sympy.prod(factors) == int(n)
@@ -149,15 +149,15 @@ def test_identity_is_quick_and_names_the_packages(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.slow
-def test_the_whole_default_in_less_than_a_minute(tmp_path: Path) -> None:
+def test_the_whole_default_in_half_a_minute_of_one_core(tmp_path: Path) -> None:
     from lightning_opt import data
 
     config = {
         "name": "embedded", "source": "embedded", "path": None, "weights": None, "sequence_length": 256,
         "tokenizer": {"path": None, "vocab_size": 2048}, "val_fraction": 0.04, "cache_dir": str(tmp_path),
     }  # fmt: skip
-    started = time.monotonic()
+    started = time.process_time()
     built = data.build(config, seed=1)
-    assert time.monotonic() - started < 60
+    assert time.process_time() - started < 40  # of all threads, imports included; about 20 when quiet
     assert all(epochs < 1 for epochs in built.epochs(1_638_400).values())  # the default run repeats nothing
     assert all(info.val_tokens > 20_000 for info in built.corpora)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_samples import make_texts, write_jsonl
 import zstandard
+from data_samples import make_texts, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -27,7 +27,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 ODD_TEXTS = [
-    "", " ", "\n\n\t ", "\r\n", "\0", "naïve café", "数学と🙂", "👩‍👩‍👧‍👦", "\u202eright to left", "e\u0301 é", "<|endoftext|>",
+    "", " ", "\n\n\t ", "\r\n", "\0", "naïve café", "数学と🙂", "👩‍👩‍👧‍👦",
+    "\u202eright to left", "e\u0301 é", "<|endoftext|>",
     "a<|endoftext|>b", "  two  spaces  ", "007 1234567890", "don't can't .", "\ufeffbom", "\U0010ffff", "ﬀ ½ Ⅷ",
 ]  # fmt: skip
 

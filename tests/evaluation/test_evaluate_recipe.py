@@ -55,12 +55,21 @@ def test_help_shows_examples(repository: Path) -> None:
     assert "--data-dir ../shared/data/eval" in done.stdout
 
 
-def test_plain_checkpoint_is_scored_and_kept(repository: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_plain_checkpoint_is_scored_and_kept_without_network(
+    repository: Path, checkpoint: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "deep" / "scores.json"
     before = sorted(path.name for path in checkpoint.iterdir())
-    done = recipe(
-        repository, str(checkpoint), "--tasks", "hellaswag", "--limit", "8", "--device", "cpu", "--out", str(out)
+    # An audit hook sees every attempt to reach the network, also one that would fail or be caught.
+    code = (
+        "import sys\nseen, watched = [], ('socket.connect', 'socket.getaddrinfo')\n"
+        "sys.addaudithook(lambda event, _: seen.append(event) if event in watched else None)\n"
+        "from recipes.evaluate import main\nstatus = main(sys.argv[1:])\nassert not seen, seen\nsys.exit(status)"
     )
+    arguments = [str(checkpoint), "--limit", "8", "--max-gen-toks", "8", "--device", "cpu", "--out", str(out)]
+    online = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False, env=online)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     results = json.loads(out.read_text())
@@ -116,9 +125,10 @@ def test_lm_evals_own_command_line_gives_the_same_numbers(
     evaluate(model, tokenizer, config, tmp_path / "evaluation")
     ours = json.loads((tmp_path / "evaluation" / "results.json").read_text())
     command = [
-        sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={checkpoint},dtype=float32",
-        "--include_path", str(tmp_path / "evaluation" / "tasks"), "--tasks", "hellaswag,mmlu,humaneval", "--device", "cpu",
-        "--batch_size", "16", "--confirm_run_unsafe_code", "--output_path", str(tmp_path / "cli.json"),
+        sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu", "--batch_size", "16",
+        "--model_args", f"pretrained={checkpoint},dtype=float32", "--tasks", "hellaswag,mmlu,humaneval",
+        "--include_path", str(tmp_path / "evaluation" / "tasks"), "--confirm_run_unsafe_code",
+        "--output_path", str(tmp_path / "cli.json"),
     ]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(repository), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)

@@ -64,8 +64,8 @@ EVIL = {
     "many files": "for n in range(10**6): open(f'/tmp/{n}', 'w').close()",
     "many descriptors": "files = [open('/dev/null') for _ in range(1000)]",
     "closes everything": "import os\nos.closerange(0, 1000)\nos._exit(0)",
-    "floods its report": "import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'passed' * 9)\n    except OSError: pass\n"
-    "os._exit(0)",
+    "floods its report": "import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'passed' * 9)\n"
+    "    except OSError: pass\nos._exit(0)",
     "syntax error": "def f(:\n",
     "null byte": "x = 1\0",
     "replaces builtins": "import builtins\nfor n in ('BaseException', 'Exception', 'type', 'open', 'exec'):\n"
@@ -96,7 +96,8 @@ def test_nothing_can_be_removed_or_written_outside(room: Sandbox, tmp_path: Path
     passes(
         room,
         f"import os\nassert not os.path.exists({str(canary)!r})\n"
-        "for place in ('/x', '/dev/x', '/usr/lib/x', os.path.dirname(os.__file__) + '/x', '/dev/shm/x', '/var/tmp/x'):\n"
+        "library = os.path.dirname(os.__file__)\n"
+        "for place in ('/x', '/dev/x', '/usr/lib/x', library + '/x', '/dev/shm/x', '/var/tmp/x'):\n"
         "    try: open(place, 'w')\n    except OSError: continue\n    raise AssertionError(place)",
     )
     assert canary.read_text() == "alive"
@@ -150,7 +151,8 @@ def test_user_has_no_rights_and_can_gain_none(room: Sandbox) -> None:
 def test_a_daemon_does_not_outlive_its_program(room: Sandbox) -> None:
     passes(
         room,
-        "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep(60)\n    os._exit(0)",
+        "import os, time\nif os.fork() == 0:\n    os.setsid()\n"
+        "    if os.fork() == 0:\n        time.sleep(60)\n    os._exit(0)",
     )
 
 

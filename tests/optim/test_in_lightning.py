@@ -57,6 +57,7 @@ def test_max_steps_are_exactly_optimizer_steps(name, own_clipping, tmp_path):
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        enable_checkpointing=False,
         default_root_dir=tmp_path,
     )
     before = [p.detach().clone() for p in model.parameters()]
@@ -73,6 +74,7 @@ def test_max_steps_are_exactly_optimizer_steps(name, own_clipping, tmp_path):
     resumed = TwoLayers(name, own_clipping)
     trainer = pl.Trainer(
         accelerator="cpu", max_steps=7, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False,
         default_root_dir=tmp_path,
     )  # fmt: skip
     trainer.fit(resumed, data(), ckpt_path=tmp_path / "end.ckpt", weights_only=False)

@@ -81,7 +81,7 @@ def test_float64_equals_the_reference(name, way):
     weights, grads, rates = problem(torch.float64)
     expected, _ = reference(name)(weights, grads, rates, **hyper_of(name))
     params, optimizer = trained(name, way, torch.float64, weights, grads, rates, **hyper_of(name))
-    assert list(optimizer.implementations.values())[0].startswith(way)
+    assert next(iter(optimizer.implementations.values())).startswith(way)
     for p, want in zip(params, expected, strict=True):
         assert p.dtype == torch.float64
         np.testing.assert_allclose(p.detach().numpy(), want, rtol=1e-12, atol=1e-12)
@@ -271,7 +271,7 @@ def test_wrong_hyperparameters_are_refused_in_one_line(name):
         with pytest.raises(ConfigError) as error:
             make(name, p, **wrong)
         assert "\n" not in str(error.value)
-        assert list(wrong)[0] in str(error.value)
+        assert next(iter(wrong)) in str(error.value)
         assert f"{word} (did you mean" in str(error.value)
     bad = [{"lr": -1.0}, {"lr": float("nan")}, {"betas": (0.9,)}, {"betas": (0.9, 1.0)}, {"weight_decay": -0.1}]
     for wrong in [*bad, {"state_dtype": "int3"}, {"implementation": "magic"}, {"max_grad_norm": 0.0}]:

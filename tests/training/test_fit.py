@@ -123,6 +123,14 @@ def test_accumulation_changes_rounding_only(tmp_path: Path) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=2e-4)
 
 
+def test_the_logged_loss_is_the_whole_steps(tmp_path: Path) -> None:
+    run(tmp_path / "a")
+    run(tmp_path / "b", plan=replace(PLAN, accumulate=4, micro_batch_size=1))
+    whole, parts = (read_metrics(tmp_path / name / "metrics.csv")["train/loss"] for name in "ab")
+    assert parts == pytest.approx(whole, abs=1e-4)
+    assert len(set(whole)) == 8
+
+
 def test_the_last_step_is_validated_whatever_the_interval(tmp_path: Path) -> None:
     run(tmp_path, plan=replace(PLAN, val_every_n_steps=3))
     columns = read_metrics(tmp_path / "metrics.csv")

@@ -1,0 +1,47 @@
+"""DTensor parameters (FSDP2) on one process: the same update as plain tensors. Two processes come with part 2."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lightning_opt import kernels, optim
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", optim.list_optimizers())
+@pytest.mark.parametrize("way", ["eager", "foreach", "fused"])
+def test_sharded_weights_move_like_plain_ones(name, way, one_process):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    if way not in kernels.possible(optim.find_rule(name)):
+        pytest.skip("no such kernel")
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    sharded = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    sharded.load_state_dict(plain.state_dict())
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
+    config = {"name": name, "lr": 1e-2, "weight_decay": 0.1, "max_grad_norm": 0.5, "implementation": way}
+    optimizers = [optim.build(model, config) for model in (plain, sharded)]
+    x = torch.randn(5, 8)
+    for _ in range(3):
+        norms = []
+        for model, optimizer in zip((plain, sharded), optimizers, strict=True):
+            model.zero_grad()
+            model(x).square().sum().backward()
+            norms.append(optimizer.clip_())
+            optimizer.step()
+        torch.testing.assert_close(*norms)
+    for a, b in zip(plain.parameters(), sharded.parameters(), strict=True):
+        torch.testing.assert_close(a.detach(), b.full_tensor().detach(), rtol=1e-6, atol=1e-6)
+        assert hasattr(optimizers[1].state[b]["exp_avg"], "to_local")
+    assert optimizers[0].state_bytes() == optimizers[1].state_bytes()
