@@ -1,10 +1,10 @@
 """How far is one optimizer step from the memory's speed? `python -m benchmarks.optimizer_step [--small]`
 
 Every contender steps its own copy of the same tensors, all in turn within each round, so that a busy machine slows all
-alike; beside them a stream ``p -= c * g`` over the same tensors (12 bytes per element) measures the bandwidth of that
-very round. Floor of a rule = the bytes an ideal one-pass float32 step moves (Lion 20, AdamW 28 per parameter) at that
-bandwidth. Reported are medians of per-round ratios: `cpu` is the process's CPU time (steady on a shared machine, blind
-to parts that run on one thread), `wall` the clock.
+alike. Right before each of them a stream ``p -= c * g`` over one flat tensor with as many elements (12 bytes each)
+measures the bandwidth of that moment. Floor of a rule = the bytes an ideal one-pass float32 step moves (Lion 20, AdamW
+28 per parameter) at that bandwidth. Reported are medians of per-round ratios: `cpu` is the process's CPU time (steady
+on a shared machine, blind to parts that run on one thread), `wall` the clock. The 1M set fits the cache, its floor too.
 
 Peers are measured where they are installed: pip install --no-deps lion-pytorch pytorch_optimizer torch-optimi.
 """
@@ -82,13 +82,11 @@ def timed(work: Callable[[], object]) -> tuple[float, float]:
 def measure(sizes: list[tuple[int, ...]], rounds: int) -> list[dict[str, object]]:
     """One row per contender."""
     rows = []
-    streamed = tensors(sizes)
-    grads = [p.grad for p in streamed]
+    size = sum(torch.Size(shape).numel() for shape in sizes)
+    weights, grads = torch.randn(size), torch.randn(size)
 
     def stream() -> None:
-        with torch.no_grad():
-            torch._fused_sgd_(streamed, grads, [], weight_decay=0.0, momentum=0.0, lr=1e-9, dampening=0.0,
-                              nesterov=False, maximize=False, is_first_step=True)  # fmt: skip
+        weights.add_(grads, alpha=-1e-9)
 
     stream()
     for name, (rule, make) in contenders().items():
@@ -103,8 +101,8 @@ def measure(sizes: list[tuple[int, ...]], rounds: int) -> list[dict[str, object]
             row["optimizer"].step()
     gc.disable()
     for _ in range(rounds):
-        floor = timed(stream)
         for row in rows:
+            floor = timed(stream)
             row["rounds"].append((timed(row["optimizer"].step), floor))
     gc.enable()
     return rows

@@ -1,3 +1,3 @@
-"""lightning_opt: optimizers, Lightning callbacks and Hydra recipes to train language models and compare optimizers fairly."""
+"""Optimizers, Lightning callbacks and Hydra recipes to train language models and to compare optimizers fairly."""
 
 __version__ = "0.1.0"

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 
-def attach(package: str, homes: dict[str, list[str]]) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+def attach(
+    package: str, homes: dict[str, list[str]]
+) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """Makes the module hooks of a package whose public names live in its submodules.
 
     Args:
@@ -19,7 +21,9 @@ def attach(package: str, homes: dict[str, list[str]]) -> tuple[Callable[[str], A
     """
     home_of = {name: module for module, names in homes.items() for name in names}
     if both := home_of.keys() & homes.keys():
-        raise ImportError(f"{package}: {both} are both files and public names; importing such a file hides the name: rename the file")
+        raise ImportError(
+            f"{package}: {both} are both files and public names; importing such a file hides the name: rename the file"
+        )
     public = sorted(home_of)
 
     def __getattr__(name: str) -> Any:  # noqa: N807 - the name PEP 562 asks for

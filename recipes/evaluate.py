@@ -1,9 +1,9 @@
 """Scores finished runs or any Hugging Face checkpoint folders with lm-eval.
 
     python -m recipes.evaluate runs/lion_nano/20260101-120000-1a2b3c4d
-    python -m recipes.evaluate runs/*/* --suite full --data-dir ../shared/data/eval --limit 50
+    python -m recipes.evaluate runs/*/* --suite full --data-dir my_eval_sets --limit 50
     python -m recipes.evaluate ./my-llama --suite full --tasks hellaswag,mmlu --device cuda --out scores.json
-    python -m recipes.evaluate ./my-llama --suite full --data-dir ../shared/data/eval --export-tasks ./tasks
+    python -m recipes.evaluate ./my-llama --suite full --data-dir my_eval_sets --export-tasks ./tasks
 
 A run folder gets its evaluation/results.json, summary.json and report anew. A plain checkpoint's scores go to --out,
 or are only printed. --export-tasks writes lm-eval task files instead of scoring, and prints the lm-eval command that

@@ -9,7 +9,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_NOISY = ("lightning.pytorch", "lightning.fabric", "transformers", "lm_eval", "datasets", "httpx", "absl", "grain", "matplotlib")
+_NOISY = (
+    "lightning.pytorch",
+    "lightning.fabric",
+    "transformers",
+    "lm_eval",
+    "datasets",
+    "httpx",
+    "absl",
+    "grain",
+    "matplotlib",
+)
 
 
 @contextmanager

@@ -18,7 +18,11 @@ def banner(folder: Path, plan: dict[str, Any], env: dict[str, Any]) -> None:
         plan: ``plan.json``.
         env: ``env.json``.
     """
-    device = f"{env['device_name'] or env['device']}, {env['num_threads']} threads" if env["device"] == "cpu" else env["device_name"]
+    device = (
+        f"{env['device_name'] or env['device']}, {env['num_threads']} threads"
+        if env["device"] == "cpu"
+        else env["device_name"]
+    )
     log.info("run        %s", folder)
     log.info("device     %s; %s: %s", device, plan["precision"], plan["precision_reason"])
     log.info(
@@ -47,7 +51,11 @@ def banner(folder: Path, plan: dict[str, Any], env: dict[str, Any]) -> None:
         )
     tuned = plan["tuned"]
     log.info("optimizer  %s; tuned values: %s", plan["optimizer"], tuned["source"] if tuned else "none, defaults")
-    table("           ", ("role", "rule", "runs as", "tensors", "params", "lr", "decay", "state"), [_route(row) for row in plan["routing"]])
+    table(
+        "           ",
+        ("role", "rule", "runs as", "tensors", "params", "lr", "decay", "state"),
+        [_route(row) for row in plan["routing"]],
+    )
     for rule, why in plan["implementations"].items():
         log.info("           %s runs as %s", rule, why)
     log.info(
@@ -101,9 +109,15 @@ def last_block(folder: Path, summary: dict[str, Any], commands: Sequence[tuple[s
             summary["seconds"],
         )
         by_corpus = summary["val_loss_by_corpus"] or {}
-        log.info("loss       %s", "  ".join(f"{name} {value:.4f}" for name, value in by_corpus.items() if value is not None))
+        log.info(
+            "loss       %s", "  ".join(f"{name} {value:.4f}" for name, value in by_corpus.items() if value is not None)
+        )
     if summary["tokens_per_s_per_device"]:
-        share = f"; optimizer {100 * summary['optimizer_share']:.1f} % of a step" if summary["optimizer_share"] is not None else ""
+        share = (
+            f"; optimizer {100 * summary['optimizer_share']:.1f} % of a step"
+            if summary["optimizer_share"] is not None
+            else ""
+        )
         log.info("speed      %s tokens/s per device%s", f"{summary['tokens_per_s_per_device']:,.0f}", share)
     for task, score in scores(summary).items():
         log.info("%-10s %s", task, score)
@@ -125,7 +139,10 @@ def scores(summary: dict[str, Any]) -> dict[str, str]:
             continue
         spread = f" ± {score['stderr']:.3f}" if score.get("stderr") is not None else ""
         chance = f", chance {score['chance']:.3f}" if score.get("chance") is not None else ""
-        lines[task] = f"{score['value']:.3f}{spread} {score['metric']} ({evaluation['suite']}: n={score['n']}, {score['shots']}-shot{chance})"
+        lines[task] = (
+            f"{score['value']:.3f}{spread} {score['metric']} "
+            f"({evaluation['suite']}: n={score['n']}, {score['shots']}-shot{chance})"
+        )
     return lines
 
 

@@ -12,9 +12,20 @@ from typing import Any
 
 from lightning_opt.plan import RunPlan
 
-_PACKAGES = (
-    "lightning_opt torch lightning torchmetrics transformers hydra-core omegaconf lm_eval grain datasets tokenizers numpy"
-).split()
+_PACKAGES = [
+    "lightning_opt",
+    "torch",
+    "lightning",
+    "torchmetrics",
+    "transformers",
+    "hydra-core",
+    "omegaconf",
+    "lm_eval",
+    "grain",
+    "datasets",
+    "tokenizers",
+    "numpy",
+]
 
 
 def environment(data_fingerprint: str) -> dict[str, Any]:
@@ -65,7 +76,7 @@ def _cpu_name() -> str | None:
 
 
 def _git() -> tuple[str | None, bool | None]:
-    """Commit of the checkout this code lies in, and whether tracked files differ from it; installed copies have none."""
+    """Commit of the checkout this code lies in, and whether tracked files differ; installed copies have none."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None, None

@@ -30,7 +30,8 @@ def causal_lm_loss(model: nn.Module, input_ids: Tensor, labels: Tensor, z_loss: 
     Args:
         model: a causal language model whose forward returns ``logits`` (B, T, V).
         input_ids: int64 (B, T).
-        labels: int64 (B, T), already shifted: ``labels[:, t]`` is the token after ``input_ids[:, t]``; -100 is left out.
+        labels: int64 (B, T), already shifted: ``labels[:, t]`` is the token after ``input_ids[:, t]``; -100 does not
+            count.
         z_loss: weight of the mean squared log-partition, which keeps logits from drifting (PaLM, arXiv 2204.02311,
             section 5: 1e-4).
 

@@ -29,7 +29,9 @@ def hf(*, path: str | None = None, context_length: int) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     except (OSError, ValueError) as error:
         kind = "folder" if Path(path).exists() else "path"
-        raise ConfigError("model.path", path, f"a causal language model: this {kind} cannot be loaded ({error})") from None
+        raise ConfigError(
+            "model.path", path, f"a causal language model: this {kind} cannot be loaded ({error})"
+        ) from None
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest and context_length > longest:
         raise ConfigError("model.context_length", context_length, f"at most {longest}, the model's own")

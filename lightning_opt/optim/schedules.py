@@ -4,15 +4,14 @@ Step ``k`` counts from 0: it is the number of optimizer steps already taken, so 
 update ``k + 1``. With ``W`` warm-up steps and ``T`` steps in all:
 
     warm-up    k < W          (k + 1) / W           so update 1 has rate 1/W and update W the whole peak
-    progress   k >= W         x = (k + 1 - W) / (T - W)     in (0, 1]; x = 1 at the last update, k = T - 1
+    progress   k >= W         x = (k + 1 - W) / (T + 1 - W)     in (0, 1) for the run's updates
     linear     1 - x          cosine   (1 + cos(pi x)) / 2          constant   1
-    wsd        1 until the last D updates, then (1 - y) with y = (k + 1 - (T - D)) / D
-    multiplier = r + (1 - r) * shape                r = min_ratio, reached exactly at the last update
+    wsd        1 until the last D updates, then (1 - y) with y = (k + 1 - (T - D)) / (D + 1)
+    multiplier = r + (1 - r) * shape                r = min_ratio
 
-The update after the warm-up already takes its first step down, and the last update is the only one at ``min_ratio``:
-with ``min_ratio = 0`` it changes nothing, the price of a schedule that ends where it says. Beyond ``T`` the
-multiplier stays at its last value. (transformers' schedulers start at 0 and end one step later: theirs at ``k + 1``
-is ours at ``k``.)
+``min_ratio`` is where the rate arrives when the run is over (``k = T`` and beyond): with 0 every update still moves the
+weights, the last by 1/(T + 1 - W) of the peak. transformers' schedulers over ``T + 1`` steps start one step earlier,
+at a rate of 0: theirs at ``k + 1`` is ours at ``k``.
 
 Sources: cosine, Loshchilov and Hutter 2017 (arXiv 1608.03983) section 3; warmup-stable-decay, Hu et al. 2024
 (arXiv 2404.06395) section 4; linear to zero, Bergsma et al. 2025 (arXiv 2502.15938).
@@ -63,7 +62,8 @@ def build(config: Mapping[str, Any], max_steps: int) -> Schedule:
 
     Args:
         config: ``name`` (linear, cosine, wsd, constant), ``warmup`` (fraction of the run below 1, or steps),
-            ``min_ratio`` (the last multiplier, 0 to 1), ``decay`` (wsd only: the decaying end, fraction or steps).
+            ``min_ratio`` (where the multiplier ends, 0 to 1), ``decay`` (wsd only: the decaying end, fraction or
+            steps).
         max_steps: optimizer steps of the whole run, at least 1.
 
     Returns:
@@ -95,11 +95,11 @@ def _multiplier(shape: Callable[[float], float], warmup: int, total: int, decayi
     """A plain function and no object: LambdaLR would write an object's attributes into checkpoints and restore them."""
 
     def multiplier(step: int) -> float:
-        done = min(step + 1, max(total, 1))
+        done = min(step + 1, total + 1)
         if done <= warmup:
             return done / warmup
         into_decay = done - (total - decaying)
-        x = max(0.0, into_decay / decaying) if decaying else 0.0
+        x = max(0.0, into_decay / (decaying + 1)) if decaying else 0.0
         return floor + (1.0 - floor) * shape(x)
 
     return multiplier

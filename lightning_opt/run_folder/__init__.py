@@ -7,7 +7,15 @@ __getattr__, __dir__, __all__ = attach(
     {
         "folder": ["FolderRefused", "RunFolder", "claim", "config_hash"],
         "status": ["FINISHED_STATES", "STATES", "Diverged", "Status", "owner_is_gone", "read_status"],
-        "records": ["METRIC_COLUMNS", "append_event", "read_events", "read_json", "read_metrics", "write_json", "write_text"],
+        "records": [
+            "METRIC_COLUMNS",
+            "append_event",
+            "read_events",
+            "read_json",
+            "read_metrics",
+            "write_json",
+            "write_text",
+        ],
         "summary": ["summarize"],
     },
 )

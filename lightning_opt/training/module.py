@@ -19,8 +19,9 @@ from lightning_opt.run_folder import Diverged
 class PretrainModule(pl.LightningModule):
     """Trains a causal language model on token sequences.
 
-    Logs ``train/loss`` (nats per token, the mean over a step's micro-batches) and ``lr/<role>`` each step; at validation ``val/loss/<corpus>``, ``val/loss``
-    (their mean weighted as the mixture is), ``val/perplexity`` = exp(val/loss) and ``val/bits_per_byte``.
+    Logs ``train/loss`` (nats per token, the mean over a step's micro-batches) and ``lr/<role>`` each step; at
+    validation ``val/loss/<corpus>``, ``val/loss`` (their mean weighted as the mixture is), ``val/perplexity`` =
+    exp(val/loss) and ``val/bits_per_byte``.
 
     Args:
         model: causal language model whose forward returns ``logits``.
@@ -106,7 +107,10 @@ class PretrainModule(pl.LightningModule):
         weights = weights / weights.sum()
         mixture = (torch.stack(losses) * weights).sum()
         bits = torch.stack(
-            [nats.compute() / math.log(2) / size.compute() for nats, size in zip(self._val_nats, self._val_bytes, strict=True)]
+            [
+                nats.compute() / math.log(2) / size.compute()
+                for nats, size in zip(self._val_nats, self._val_bytes, strict=True)
+            ]
         )
         values = {f"val/loss/{name}": loss for name, loss in zip(self.corpora, losses, strict=True)}
         values |= {"val/loss": mixture, "val/perplexity": mixture.exp(), "val/bits_per_byte": (bits * weights).sum()}

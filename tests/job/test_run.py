@@ -15,7 +15,19 @@ import pytest
 
 from lightning_opt.run_folder import METRIC_COLUMNS, read_metrics, summarize
 
-FILES = "config.yaml overrides.txt env.json plan.json status.json metrics.csv summary.json report.html report.md MODEL_CARD.md run.log".split()
+FILES = [
+    "config.yaml",
+    "overrides.txt",
+    "env.json",
+    "plan.json",
+    "status.json",
+    "metrics.csv",
+    "summary.json",
+    "report.html",
+    "report.md",
+    "MODEL_CARD.md",
+    "run.log",
+]
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +36,9 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("texts")
     for corpus, module in (("code", "argparse.py"), ("prose", "pydoc_data/topics.py")):
         source = Path(os.__file__).parent / module
-        (folder / f"{corpus}.txt").write_text("\n\n".join(source.read_text(encoding="utf-8").splitlines()[:3000]), encoding="utf-8")
+        (folder / f"{corpus}.txt").write_text(
+            "\n\n".join(source.read_text(encoding="utf-8").splitlines()[:3000]), encoding="utf-8"
+        )
     return folder
 
 
@@ -35,14 +49,28 @@ class Door:
         self.repository, self.folder, self.texts = repository, folder, texts
 
     def command(self, *overrides: str) -> list[str]:
-        base = ("debug=smoke", "data=files", f"data.path={self.texts}", f"data.cache_dir={self.texts.parent / 'cache'}", "evaluation=none", "trainer.num_threads=1")
+        base = (
+            "debug=smoke",
+            "data=files",
+            f"data.path={self.texts}",
+            f"data.cache_dir={self.texts.parent / 'cache'}",
+            "evaluation=none",
+            "trainer.num_threads=1",
+        )
         return [sys.executable, str(self.repository / "train.py"), *base, *overrides]
 
     def environment(self) -> dict[str, str]:
         return {**os.environ, "PYTHONPATH": str(self.repository)}
 
     def __call__(self, *overrides: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(self.command(*overrides), capture_output=True, text=True, cwd=self.folder, env=self.environment(), timeout=300)
+        return subprocess.run(
+            self.command(*overrides),
+            capture_output=True,
+            text=True,
+            cwd=self.folder,
+            env=self.environment(),
+            timeout=300,
+        )
 
     def folders(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("runs/*/*") if path.is_dir())
@@ -72,7 +100,9 @@ def test_the_same_seed_gives_the_same_bits_and_a_whole_folder(door: Door) -> Non
         assert read(folder / "summary.json") == json.loads(json.dumps(summarize(folder)))
         table = read_metrics(folder / "metrics.csv")
         assert set(METRIC_COLUMNS) <= set(table)
-        tables.append({name: values for name, values in table.items() if name.startswith(("train/", "val/", "lr/", "grad_norm"))})
+        tables.append(
+            {name: values for name, values in table.items() if name.startswith(("train/", "val/", "lr/", "grad_norm"))}
+        )
     assert tables[0] == tables[1]
     assert len(tables[0]["train/loss"]) == 20
     weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in folders]
@@ -106,9 +136,13 @@ def test_a_run_that_fails_leaves_its_traceback(door: Door) -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_run_that_is_stopped_says_so_and_the_same_command_takes_its_folder(door: Door, number: int, code: int) -> None:
+def test_a_run_that_is_stopped_says_so_and_the_same_command_takes_its_folder(
+    door: Door, number: int, code: int
+) -> None:
     command = door.command("trainer.max_steps=100000")
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=door.folder, env=door.environment())
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=door.folder, env=door.environment()
+    )
     while not (line := process.stdout.readline()).startswith("step 5"):
         assert line or process.poll() is None
     process.send_signal(number)
@@ -117,7 +151,9 @@ def test_a_run_that_is_stopped_says_so_and_the_same_command_takes_its_folder(doo
     (folder,) = door.folders()
     assert read(folder / "status.json")["state"] == "PREEMPTED"
     assert 5 <= read(folder / "status.json")["step"] < 100000
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=door.folder, env=door.environment())
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=door.folder, env=door.environment()
+    )
     while not process.stdout.readline().startswith("run "):
         time.sleep(0)
     process.kill()
@@ -129,10 +165,13 @@ def test_a_run_that_is_stopped_says_so_and_the_same_command_takes_its_folder(doo
 def test_real_text_beats_its_unigrams(door: Door, shared_data: Path) -> None:
     """The judged command, shortened to 300 steps: every corpus ends well below its unigram entropy."""
     command = [
-        sys.executable, str(door.repository / "train.py"), "optimizer=lion", "data=files", f"data.path={shared_data / 'text'}", "trainer.max_steps=300",
-        "evaluation=full", f"evaluation.data_dir={shared_data / 'eval'}", "evaluation.limit=12",
-    ]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True, cwd=door.folder, env=door.environment(), timeout=900)
+        *(sys.executable, str(door.repository / "train.py"), "optimizer=lion", "trainer.max_steps=300"),
+        *("data=files", f"data.path={shared_data / 'text'}"),
+        *("evaluation=full", f"evaluation.data_dir={shared_data / 'eval'}", "evaluation.limit=12"),
+    ]
+    result = subprocess.run(
+        command, capture_output=True, text=True, cwd=door.folder, env=door.environment(), timeout=900
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     (folder,) = door.folders()
     summary, plan = read(folder / "summary.json"), read(folder / "plan.json")

@@ -14,7 +14,14 @@ from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 from lightning_opt import models
 from lightning_opt.plan import ConfigError
 
-TINY = {"hidden_size": 32, "num_layers": 4, "num_heads": 2, "intermediate_size": 48, "vocab_size": 64, "context_length": 16}
+TINY = {
+    "hidden_size": 32,
+    "num_layers": 4,
+    "num_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": 64,
+    "context_length": 16,
+}
 
 
 def instantiate(config: dict[str, Any], **more: Any) -> torch.nn.Module:
@@ -86,7 +93,13 @@ def test_checkpointing_changes_no_gradient(mode: str, qk_norm: bool) -> None:
             nonlocal calls
             calls += 1
 
-        config = {"_target_": "lightning_opt.models.llama", "name": "tiny", "activation_checkpointing": mode, "qk_norm": qk_norm, **TINY}
+        config = {
+            "_target_": "lightning_opt.models.llama",
+            "name": "tiny",
+            "activation_checkpointing": mode,
+            "qk_norm": qk_norm,
+            **TINY,
+        }
         model = models.build(config, vocab_size=64, instantiate=instantiate)
         for layer in model.model.layers:
             layer.mlp.register_forward_pre_hook(count)  # the recomputation stops before the layer ends
@@ -127,4 +140,8 @@ def test_continued_training_from_a_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["every_0", "sometimes", "every_x"])
 def test_an_unknown_checkpointing_mode_is_refused(mode: str) -> None:
     with pytest.raises(ConfigError, match="every_2"):
-        models.build({"_target_": "lightning_opt.models.llama", "activation_checkpointing": mode, **TINY}, vocab_size=64, instantiate=instantiate)
+        models.build(
+            {"_target_": "lightning_opt.models.llama", "activation_checkpointing": mode, **TINY},
+            vocab_size=64,
+            instantiate=instantiate,
+        )

@@ -29,7 +29,10 @@ def leave(folder: Path, state: str, pid: int | None = None) -> None:
     (folder / "status.json").write_text(json.dumps(status))
 
 
-@pytest.mark.parametrize(("state", "adopted"), [("RUNNING", True), ("PREEMPTED", True), ("FAILED", True), ("FINISHED", False), ("DIVERGED", False)])
+@pytest.mark.parametrize(
+    ("state", "adopted"),
+    [("RUNNING", True), ("PREEMPTED", True), ("FAILED", True), ("FINISHED", False), ("DIVERGED", False)],
+)
 def test_the_same_command_adopts_what_is_unfinished(tmp_path: Path, state: str, adopted: bool) -> None:
     first, _ = claim(tmp_path, "run", HASH)
     leave(first.path, state)
@@ -70,16 +73,31 @@ def test_on_another_host_the_heartbeat_decides(tmp_path: Path, age: float, adopt
     assert claim(tmp_path, "run", HASH)[1] is adopted
 
 
+def claimer(root: Path, seconds: float) -> list[str]:
+    """A command that claims a folder, prints it, and holds it for a while."""
+    code = f"""
+import time
+from pathlib import Path
+from lightning_opt.run_folder import claim
+print(claim(Path({str(root)!r}), "run", {HASH!r})[0].path, flush=True)
+time.sleep({seconds})
+"""
+    return [sys.executable, "-c", code]
+
+
 def test_launches_in_the_same_moment_get_different_folders(tmp_path: Path) -> None:
-    code = f"from pathlib import Path; from lightning_opt.run_folder import claim; print(claim(Path({str(tmp_path)!r}), 'run', {HASH!r})[0].path); import time; time.sleep(1.5)"
     with ThreadPoolExecutor(4) as pool:
-        runs = list(pool.map(lambda _: subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout, range(4)))
+        runs = list(
+            pool.map(
+                lambda _: subprocess.run(claimer(tmp_path, 1.5), capture_output=True, text=True, check=True).stdout,
+                range(4),
+            )
+        )
     assert len(set(runs)) == 4
 
 
 def test_a_killed_owner_is_gone(tmp_path: Path) -> None:
-    code = f"from pathlib import Path; from lightning_opt.run_folder import claim; print(claim(Path({str(tmp_path)!r}), 'run', {HASH!r})[0].path, flush=True); import time; time.sleep(60)"
-    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen(claimer(tmp_path, 60), stdout=subprocess.PIPE, text=True)
     folder = Path(child.stdout.readline().strip())
     assert claim(tmp_path, "run", HASH)[0].path != folder
     child.send_signal(signal.SIGKILL)  # not reaped yet: a zombie is gone too

@@ -28,7 +28,12 @@ from lightning_opt.run_folder import (
 
 def test_what_was_not_measured_is_null(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"a": math.nan, "b": [math.inf, 1.5, {"c": -math.inf}], "d": None, "e": 0})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"a": None, "b": [None, 1.5, {"c": None}], "d": None, "e": 0}
+    assert json.loads((tmp_path / "a.json").read_text()) == {
+        "a": None,
+        "b": [None, 1.5, {"c": None}],
+        "d": None,
+        "e": 0,
+    }
 
 
 def test_a_kill_while_writing_leaves_the_old_or_the_new(tmp_path: Path) -> None:
@@ -58,7 +63,11 @@ def test_lines_cut_by_a_kill_are_left_out(tmp_path: Path) -> None:
         file.write('{"time": 1, "ki')
     assert [(event["kind"], event["loss"]) for event in read_events(tmp_path / "events.jsonl")] == [("skip", None)]
     (tmp_path / "metrics.csv").write_text("step,train/loss,val/loss\n10,4.5,\n20,4.0,3.9\n30,3.")
-    assert read_metrics(tmp_path / "metrics.csv") == {"step": [10, 20], "train/loss": [4.5, 4.0], "val/loss": [None, 3.9]}
+    assert read_metrics(tmp_path / "metrics.csv") == {
+        "step": [10, 20],
+        "train/loss": [4.5, 4.0],
+        "val/loss": [None, 3.9],
+    }
 
 
 def test_missing_files_are_nothing(tmp_path: Path) -> None:

@@ -39,7 +39,15 @@ TRAINER = {
     "val_batches": 2,
     "compile": False,
 }
-OPTIMIZER = {"name": "adamw", "lr": 1e-2, "weight_decay": 0.1, "betas": [0.9, 0.95], "eps": 1e-8, "max_grad_norm": 1.0, "roles": {"default": {"rule": "adamw"}}}
+OPTIMIZER = {
+    "name": "adamw",
+    "lr": 1e-2,
+    "weight_decay": 0.1,
+    "betas": [0.9, 0.95],
+    "eps": 1e-8,
+    "max_grad_norm": 1.0,
+    "roles": {"default": {"rule": "adamw"}},
+}
 
 
 class Sequences:
@@ -53,23 +61,61 @@ class Sequences:
         return {"input_ids": tokens[:-1], "labels": tokens[1:]}
 
 
-def run(folder: Path, *, plan: RunPlan = PLAN, precision: str = "32-true", checkpointing: str = "off", seed: int = 0, callbacks: Any = (), workers: int = 0, optimizer: dict[str, Any] | None = None, **trainer: Any) -> training.PretrainModule:
+def run(
+    folder: Path,
+    *,
+    plan: RunPlan = PLAN,
+    precision: str = "32-true",
+    checkpointing: str = "off",
+    seed: int = 0,
+    callbacks: Any = (),
+    workers: int = 0,
+    optimizer: dict[str, Any] | None = None,
+    **trainer: Any,
+) -> training.PretrainModule:
     training.prepare(seed, None)
     model = models.build(
-        {"_target_": "", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48, "vocab_size": VOCABULARY, "context_length": LENGTH, "activation_checkpointing": checkpointing},
+        {
+            "_target_": "",
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 2,
+            "intermediate_size": 48,
+            "vocab_size": VOCABULARY,
+            "context_length": LENGTH,
+            "activation_checkpointing": checkpointing,
+        },
         vocab_size=VOCABULARY,
         instantiate=lambda config: models.llama(**{key: value for key, value in config.items() if key != "_target_"}),
     )
     built = optim.build(model, {**OPTIMIZER, **(optimizer or {})})
     module = training.PretrainModule(
-        model, built, schedules.build({"name": "linear", "warmup": 1, "min_ratio": 0.0}, plan.max_steps), corpora={"a": 2.0, "b": 1.0}, token_bytes=np.full(VOCABULARY, 2)
+        model,
+        built,
+        schedules.build({"name": "linear", "warmup": 1, "min_ratio": 0.0}, plan.max_steps),
+        corpora={"a": 2.0, "b": 1.0},
+        token_bytes=np.full(VOCABULARY, 2),
     )
     data = training.TokenDataModule(
-        Sequences(), {"a": Sequences(), "b": Sequences()}, micro_batch_size=plan.micro_batch_size, micro_batches=plan.max_steps * plan.accumulate, val_batches=2, num_workers=workers
+        Sequences(),
+        {"a": Sequences(), "b": Sequences()},
+        micro_batch_size=plan.micro_batch_size,
+        micro_batches=plan.max_steps * plan.accumulate,
+        val_batches=2,
+        num_workers=workers,
     )
     with Status(folder / "status.json", "0" * 8) as status:
         result = training.fit(
-            module, data, plan, config={**TRAINER, **trainer}, precision=precision, folder=folder, columns=["val/loss/a", "val/loss/b"], callbacks=callbacks, loggers=[], status=status
+            module,
+            data,
+            plan,
+            config={**TRAINER, **trainer},
+            precision=precision,
+            folder=folder,
+            columns=["val/loss/a", "val/loss/b"],
+            callbacks=callbacks,
+            loggers=[],
+            status=status,
         )
     assert result.steps == plan.max_steps
     return module
@@ -134,7 +180,11 @@ def test_the_logged_loss_is_the_whole_steps(tmp_path: Path) -> None:
 def test_the_last_step_is_validated_whatever_the_interval(tmp_path: Path) -> None:
     run(tmp_path, plan=replace(PLAN, val_every_n_steps=3))
     columns = read_metrics(tmp_path / "metrics.csv")
-    assert [step for step, loss in zip(columns["step"], columns["val/loss"], strict=True) if loss is not None] == [3, 6, 8]
+    assert [step for step, loss in zip(columns["step"], columns["val/loss"], strict=True) if loss is not None] == [
+        3,
+        6,
+        8,
+    ]
     assert columns["step"] == sorted(set(columns["step"]))
 
 
@@ -197,7 +247,9 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(tmp_path: Path) -
 
 
 def test_overfitting_one_batch(tmp_path: Path) -> None:
-    data = training.TokenDataModule(Sequences(), {}, micro_batch_size=2, micro_batches=3, val_batches=0, overfit_batches=1)
+    data = training.TokenDataModule(
+        Sequences(), {}, micro_batch_size=2, micro_batches=3, val_batches=0, overfit_batches=1
+    )
     batches = [batch["input_ids"].tolist() for batch in data.train_dataloader()]
     assert len(batches) == 3
     assert batches[0] == batches[1] == batches[2]

@@ -18,7 +18,14 @@ class Clock:
 
 
 def make(path: Path, step: list[int], clock: Clock, start_step: int = 0) -> RunLogger:
-    return RunLogger(path, ["val/loss/web", "lr/matrix"], tokens_per_step=2048, current_step=lambda: step[0], start_step=start_step, clock=clock)
+    return RunLogger(
+        path,
+        ["val/loss/web", "lr/matrix"],
+        tokens_per_step=2048,
+        current_step=lambda: step[0],
+        start_step=start_step,
+        clock=clock,
+    )
 
 
 def test_validation_joins_its_steps_row(tmp_path: Path) -> None:
