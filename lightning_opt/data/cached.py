@@ -24,7 +24,7 @@ FULL_CHECK_BYTES = 64 * 2**20
 _SAMPLES, _SAMPLE_BYTES = 64, 64 * 2**10
 
 
-class Damaged(Exception):  # noqa: N818 - reads as what it says of a folder
+class Damaged(Exception):  # reads as what it says of a folder
     """A finished folder is not as it was written; the message names the file and what is wrong with it."""
 
 
