@@ -1,10 +1,10 @@
 """What do all callbacks together cost? One training loop with and without them, run by turns.
 
-Run: ``python -m benchmarks.callback_overhead --step-ms 50 --steps 60 --pairs 3``
+Run: ``python -m benchmarks.callback_overhead --sleep-ms 50 --steps 60 --pairs 3``
 
 A step does what training does to the callbacks (real gradients of a 1M-parameter model, clipping and update by our
-Lion, a logger, a progress line every 10 steps) and fills up with sleep to ``--step-ms``, so that the figure is a share
-of a step of that length. Printed per pair: wall time of a step with and without, their ratio, and the processor time
+Lion, a logger, a progress line every 10 steps) on top of a sleep of ``--sleep-ms``, the same in both runs: a step lasts
+the sleep and the work, and the column *without ms* tells how long that is. Printed per pair: wall time of a step with and without, their ratio, and the processor time
 that a step takes more with callbacks: the steadier figure where other work shares the machine. Each is the mean of the
 run's least disturbed block of 10 steps, one of which logs; the first 10 steps of each run do not count.
 """
@@ -30,21 +30,21 @@ SKIPPED = 10
 
 
 class Timed(pl.LightningModule):
-    """Sixteen blocks of 256 x 256; every step lasts about as long as asked."""
+    """Sixteen blocks of 256 x 256; every step sleeps as long as asked, and then does its work."""
 
-    def __init__(self, step_s: float, ours: bool) -> None:
+    def __init__(self, sleep_s: float, ours: bool) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.net = nn.Sequential(*[nn.Linear(256, 256) for _ in range(16)])
-        self.step_s, self.ours = step_s, ours
+        self.sleep_s, self.ours = sleep_s, ours
         self.walls: list[float] = []
         self.processor: list[float] = []
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Sleeps first: the work of the step comes on top, the same in both runs."""
+        """Sleeps, then works: the same in both runs."""
         self.walls.append(time.perf_counter())
         self.processor.append(time.process_time())
-        time.sleep(self.step_s)
+        time.sleep(self.sleep_s)
         loss = self.net(batch["input_ids"].float()[:, :256] / 1e3).square().mean()
         self.log("train/loss", loss)
         return loss
@@ -73,9 +73,9 @@ class Silent(pl.loggers.logger.Logger):
         """Nothing."""
 
 
-def run(callbacks: list[pl.Callback], steps: int, step_s: float, ours: bool) -> tuple[float, float]:
+def run(callbacks: list[pl.Callback], steps: int, sleep_s: float, ours: bool) -> tuple[float, float]:
     """Wall and processor milliseconds of a step."""
-    module = Timed(step_s, ours)
+    module = Timed(sleep_s, ours)
     trainer = pl.Trainer(
         max_steps=steps + SKIPPED + 1,
         callbacks=callbacks,
@@ -100,7 +100,9 @@ def best(marks: list[float], steps: int) -> float:
 def main() -> None:
     """Prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--step-ms", type=float, default=50.0, help="length of a step (default 50)")
+    parser.add_argument(
+        "--sleep-ms", type=float, default=50.0, help="sleep in each step, its work comes on top (default 50)"
+    )
     parser.add_argument("--steps", type=int, default=60, help="counted steps per run (default 60)")
     parser.add_argument("--pairs", type=int, default=3, help="runs with and without (default 3)")
     parser.add_argument("--optimizer", choices=["ours", "torch"], default="ours")
@@ -114,7 +116,7 @@ def main() -> None:
         both = {}
         for watched in (False, True) if pair % 2 else (True, False):
             callbacks = [Memory(), Stability(), Throughput(), Progress(stream=io.StringIO())] if watched else []
-            both[watched] = run(callbacks, options.steps, options.step_ms / 1e3, ours)
+            both[watched] = run(callbacks, options.steps, options.sleep_ms / 1e3, ours)
         ratios.append(both[True][0] / both[False][0])
         more.append(both[True][1] - both[False][1])
         share = more[-1] / both[False][0]

@@ -1,10 +1,11 @@
 """How far is one optimizer step from the memory's speed? `python -m benchmarks.optimizer_step [--small]`
 
 Every contender steps its own copy of the same tensors, all in turn within each round, so that a busy machine slows all
-alike. Right before each of them a stream ``p -= c * g`` over one flat tensor with as many elements (12 bytes each)
-measures the bandwidth of that moment. Floor of a rule = the bytes an ideal one-pass float32 step moves (Lion 20, AdamW
-28 per parameter) at that bandwidth. Reported are medians of per-round ratios: `cpu` is the process's CPU time (steady
-on a shared machine, blind to parts that run on one thread), `wall` the clock. The 1M set fits the cache, its floor too.
+alike, in an order shuffled anew each round (seeded), so that nobody always follows the same neighbour. Right before
+each of them a stream ``p -= c * g`` over one flat tensor with as many elements (12 bytes each) measures the bandwidth
+of that moment. Floor of a rule = the bytes an ideal one-pass float32 step moves (Lion 20, AdamW 28 per parameter) at
+that bandwidth. Reported are medians of per-round ratios: `cpu` is the process's CPU time (steady on a shared machine,
+blind to parts that run on one thread), `wall` the clock. The 1M set fits the cache, its floor too.
 
 Peers are measured where they are installed: pip install --no-deps lion-pytorch pytorch_optimizer torch-optimi.
 """
@@ -20,6 +21,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 import gc
 import importlib
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -100,8 +102,9 @@ def measure(sizes: list[tuple[int, ...]], rounds: int) -> list[dict[str, object]
         for row in rows:
             row["optimizer"].step()
     gc.disable()
+    shuffled = random.Random(0)
     for _ in range(rounds):
-        for row in rows:
+        for row in shuffled.sample(rows, len(rows)):
             floor = timed(stream)
             row["rounds"].append((timed(row["optimizer"].step), floor))
     gc.enable()

@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lightning_opt.evaluation.suites import DEFAULTS, SUITES, TASKS, check
+from lightning_opt.evaluation.suites import DEFAULTS, SUITES, TASKS, resolve
 from lightning_opt.plan import ConfigError
 
 
@@ -63,6 +63,8 @@ def model_folder(path: Path) -> tuple[Path, bool]:
     for folder, is_run in ((path / "model", True), (path, False)):
         if (folder / "config.json").is_file():
             return folder, is_run
+    if (path / "config.yaml").is_file():
+        raise ConfigError("PATH", str(path), "must be a run that is over: this run folder has no model/ yet")
     expected = "must be a run folder with model/ or a Hugging Face checkpoint folder with config.json"
     raise ConfigError("PATH", str(path), expected)
 
@@ -77,8 +79,7 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
         "batch_size": options.batch_size,
         "max_gen_toks": options.max_gen_toks,
     }
-    check(config)
-    return config
+    return resolve(config)
 
 
 def export(folder: Path, target: Path, config: dict[str, Any]) -> None:
@@ -149,6 +150,9 @@ def show(name: str, block: dict[str, Any]) -> None:
         stderr = "" if entry["stderr"] is None else f"{entry['stderr']:.4f}"
         numbers = [f"{entry['value']:.4f}", stderr, f"{entry['chance']:.4f}"]
         table.add_row(task, entry["metric"], *numbers, *(str(entry[key]) for key in ("n", "shots", "truncated")))
+    if block["suite"] == "full":
+        reasons = [f"{task}: {block[task]['why_not']}" for task in TASKS if "why_not" in block[task]]
+        table.caption, table.caption_justify = "; ".join(reasons) or None, "left"
     Console().print(table)
 
 

@@ -29,7 +29,7 @@ class GridSweeper(BasicSweeper):
         for batch in batches:
             first = sum(len(done) for done in returns)
             returns.append(list(self.launcher.launch(batch, initial_job_idx=first)))
-        task.codes[:] = [exit_code(job) for done in returns for job in done]
+        task.report([exit_code(job) for done in returns for job in done])
         return returns
 
 

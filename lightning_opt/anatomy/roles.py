@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from torch import nn
@@ -47,16 +48,39 @@ def embedding_ids(model: nn.Module) -> set[int]:
 def head_ids(model: nn.Module) -> set[int]:
     """Ids of the weights that map to the vocabulary.
 
-    These are what `get_output_embeddings` names; in models without that method, linear maps with as many outputs as an
-    embedding table has rows.
+    These are what `get_output_embeddings` names; in models without that method, linear maps tied to an embedding
+    table; without those, one linear map outside the model's blocks with as many outputs as a table has rows: the
+    widest, of equals the last. (Tables of positions have rows too, and a block's map may be as wide as those.)
     """
     named = {
         id(w) for head in _asked(model, "get_output_embeddings") if (w := getattr(head, "weight", None)) is not None
     }
     if named:
         return named
+    maps = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    tables = embedding_ids(model)
+    if tied := {id(m.weight) for m in maps} & tables:
+        return tied
     rows = {module.num_embeddings for module in model.modules() if isinstance(module, _EMBEDDINGS)}
-    return {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear) and m.out_features in rows}
+    blocks = _block_ids(model)
+    fitting = [m for m in maps if m.out_features in rows and id(m) not in blocks]
+    return {id(max(reversed(fitting), key=lambda m: m.out_features).weight)} if fitting else set()
+
+
+def _block_ids(model: nn.Module) -> set[int]:
+    """Ids of all modules inside repeated blocks: whatever a ModuleList holds, and a Sequential's equal parts.
+
+    Equal leaves of a Sequential are no blocks: its last Linear may be the head.
+    """
+    blocks: list[nn.Module] = []
+    for module in model.modules():
+        children = list(module.children())
+        if isinstance(module, nn.ModuleList):
+            blocks += children
+        elif isinstance(module, nn.Sequential):
+            count = Counter(type(child) for child in children)
+            blocks += [c for c in children if count[type(c)] > 1 and any(True for _ in c.children())]
+    return {id(part) for block in blocks for part in block.modules()}
 
 
 def _asked(model: nn.Module, method: str) -> Iterator[nn.Module]:

@@ -38,8 +38,8 @@ class Anatomy:
         total: number of weights.
         active: weights that take part in one token: of expert weights only the share top_k / count (all of them where
             the model does not say top_k).
-        non_embedding: `total` without the roles embedding and head. (Scaling rules that count only matrices, such as
-            L (3 h i + 4 h h) for a Llama, leave out the norms too: sum the sizes of role ``matrix`` for those.)
+        non_embedding: weights of the roles matrix, expert and router: the N of scaling rules, L (3 h i + 4 h h) for a
+            Llama (arXiv 2509.02046, and ``model.non_embedding_params`` in conf/model).
         expert_layers: mixture-of-experts layers, empty for dense models.
     """
 
@@ -92,10 +92,10 @@ def describe(model: nn.Module) -> Anatomy:
 
 def _counted(infos: list[ParameterInfo], layers: list[ExpertLayer]) -> Anatomy:
     total = sum(info.parameter.numel() for info in infos)
-    outside = sum(info.parameter.numel() for info in infos if info.role in ("embedding", "head"))
+    inside = sum(info.parameter.numel() for info in infos if info.role in ("matrix", "expert", "router"))
     idle = 0
     for layer in layers:
         if layer.top_k is not None:
             held = sum(p.numel() for p in layer.experts)
             idle += held - held * layer.top_k // layer.count
-    return Anatomy(infos, total, total - idle, total - outside, layers)
+    return Anatomy(infos, total, total - idle, inside, layers)

@@ -107,8 +107,7 @@ class Progress(ProgressBar):
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """Notes the rate: when the batch ends, the scheduler has moved on."""
-        if self._enabled:
-            groups = optimizer.param_groups
+        if self._enabled and (groups := optimizer.param_groups):  # Lightning's stand-in for no optimizer has none
             self._rate = groups[min(self._largest, len(groups) - 1)]["lr"]
 
     def on_train_batch_end(
@@ -162,7 +161,7 @@ class Progress(ProgressBar):
         if self._rate is not None:
             fields["lr"] = f"lr {float(self._rate):.1e}"
         logged = trainer.callback_metrics
-        norm = getattr(trainer.optimizers[0], "last_grad_norm", None)
+        norm = getattr(next(iter(trainer.optimizers), None), "last_grad_norm", None)
         norm = logged.get("grad_norm") if norm is None else norm
         if norm is not None:
             fields["grad"] = f"grad {number(float(norm), 2)}"

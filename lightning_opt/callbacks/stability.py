@@ -18,11 +18,15 @@ FEWEST = 10  # losses that a first, not yet full window needs
 
 
 def total_norm(optimizer: torch.optim.Optimizer) -> Tensor | None:
-    """2-norm over all gradients of the optimizer's parameters, as one vector; ``None`` without any gradient."""
+    """2-norm over all gradients of the optimizer's parameters, as one vector; ``None`` without any gradient.
+
+    Squares are summed in float32 at least: bfloat16 would leave a norm of 173.3 at 173.
+    """
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if not gradients:
         return None
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradients]
+    norm = torch.nn.utils.get_total_norm(norms)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 

@@ -26,7 +26,7 @@ def _device_peak(device: torch.device, precision: str) -> float | None:
 
 
 class Throughput(pl.Callback):
-    """Tokens per second, the split of a step, and model FLOPs utilisation, in the steady state.
+    """Tokens per second, the split of a step, and model FLOPs utilisation, once training is warm.
 
     Logged every ``trainer.log_every_n_steps`` optimizer steps, over the steps since the last time:
 
@@ -42,8 +42,8 @@ class Throughput(pl.Callback):
     - ``optimizer_share``: ``optimizer_ms / step_ms``
     - ``mfu``: tokens/s x ``flops_per_token`` / the device's dense peak; only where both are known
 
-    A value is the mean over the middle third of the interval's steps, ordered by time per token: a slow or a recompiled
-    step does not move it (with three steps it is the median), and the parts add up exactly. The first
+    Every step of the interval counts, the slow ones too: tokens/s is all its tokens over all its time, a time the mean
+    per step. So what an optimizer does every tenth step only is in it, and the parts add up exactly. The first
     ``warmup_steps`` of each fit (compilation, autotuning, a resumed run's cold caches) do not count, nor do validation,
     checkpoints that Lightning announces to callbacks, and the turn of an epoch.
 
@@ -160,21 +160,21 @@ class Throughput(pl.Callback):
             pl_module.log_dict(values, on_step=True, on_epoch=False)
 
     def _measure(self) -> dict[str, float]:
-        steps = []
+        steps, tokens, sums = 0, 0, dict.fromkeys(PARTS, 0.0)
         while self._finished and self._clock.passed(self._finished[0].end):
             laps = self._finished.popleft()
-            steps.append((laps.tokens, laps.milliseconds()))
+            steps, tokens = steps + 1, tokens + laps.tokens
+            for part, ms in laps.milliseconds().items():
+                sums[part] += ms
         if not steps:
             return {}
-        steps.sort(key=lambda step: sum(step[1].values()) / (step[0] or 1))
-        middle = steps[len(steps) // 3 : len(steps) - len(steps) // 3]
-        values = {f"{part}_ms": sum(ms.get(part, 0.0) for _, ms in middle) / len(middle) for part in PARTS}
+        values = {f"{part}_ms": total / steps for part, total in sums.items()}
         step_ms = sum(values.values())
         values["step_ms"] = step_ms
         if step_ms > 0:
             values["optimizer_share"] = values["optimizer_ms"] / step_ms
             if self._countable:
-                speed = sum(tokens for tokens, _ in middle) / len(middle) / step_ms * 1e3
+                speed = tokens / steps / step_ms * 1e3
                 values["tokens_per_s_per_device"] = speed
                 if self.flops_per_token and self._peak:
                     values["mfu"] = speed * self.flops_per_token / self._peak

@@ -9,10 +9,9 @@ from typing import Any
 from lightning_opt.data.cached import Damaged
 from lightning_opt.data.shards import read_index
 from lightning_opt.data.sources import check_weights, discover
-from lightning_opt.data.tokenizer import SMALLEST_VOCABULARY, find_eos, tokenizer_file
-from lightning_opt.plan import ConfigError
+from lightning_opt.data.tokenizer import find_eos, tokenizer_file
+from lightning_opt.plan import ConfigError, check_value, is_hub_id
 
-SOURCES = ("embedded", "files", "prepared")
 EMBEDDED_CORPORA = ("code", "math", "prose")
 
 
@@ -26,41 +25,25 @@ def check(config: Mapping[str, Any], *, tokens: int | None = None) -> None:
     Raises:
         ConfigError: the first thing that is wrong, in one line.
     """
+    for name in ("source", "sequence_length", "num_workers", "val_fraction"):
+        if name in config:
+            check_value(f"data.{name}", config[name])
     source = config.get("source")
-    if source not in SOURCES:
-        raise ConfigError("data.source", source, f"must be one of {', '.join(SOURCES)}")
-    _check_numbers(config)
     if source == "prepared":
         check_prepared(config, tokens=tokens)
         return
     tokenizer = config.get("tokenizer") or {}
     if tokenizer.get("path"):
-        find_eos(tokenizer_file(tokenizer["path"]), tokenizer.get("eos"))
-    else:
-        size = tokenizer.get("vocab_size")
-        if not _is_integer(size) or size < SMALLEST_VOCABULARY:
-            raise ConfigError("data.tokenizer.vocab_size", size, f"must be an integer >= {SMALLEST_VOCABULARY}")
+        if not is_hub_id(tokenizer["path"]):  # the hub is asked only when the run needs its answer
+            find_eos(tokenizer_file(tokenizer["path"]), tokenizer.get("eos"))
+    elif check_value("data.tokenizer.vocab_size", tokenizer.get("vocab_size")) is None:
+        raise ConfigError("data.tokenizer.vocab_size", None, "must be a number: a tokenizer is trained on the text")
     if source == "embedded":
         check_weights(config.get("weights"), list(EMBEDDED_CORPORA))
         return
     if not config.get("path"):
         raise ConfigError("data.path", config.get("path"), "must be a folder of text files, e.g. data.path=my_texts")
     check_weights(config.get("weights"), list(discover(config["path"])))
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _check_numbers(config: Mapping[str, Any]) -> None:
-    length, workers = config.get("sequence_length"), config.get("num_workers", 0)
-    fraction = config.get("val_fraction", 0.02)
-    if not _is_integer(length) or length < 1:
-        raise ConfigError("data.sequence_length", length, "must be an integer >= 1")
-    if not _is_integer(workers) or workers < 0:
-        raise ConfigError("data.num_workers", workers, "must be an integer >= 0")
-    if not isinstance(fraction, (int, float)) or isinstance(fraction, bool) or not 0 < fraction <= 0.5:
-        raise ConfigError("data.val_fraction", fraction, "must be a number above 0 and at most 0.5")
 
 
 def prepare_command(config: Mapping[str, Any], tokens: int | None) -> str:
@@ -103,7 +86,7 @@ def check_prepared(config: Mapping[str, Any], *, tokens: int | None = None) -> d
     for name in weights if isinstance(weights, Mapping) else []:
         if name not in train and weights[name]:
             raise ConfigError("data.path", str(folder), f"must hold shards of corpus {name}; make them: {command}")
-    check_weights({k: v for k, v in weights.items() if v} if isinstance(weights, Mapping) else weights, train)
+    check_weights(weights, train)
     if not any(index["splits"]["val"]["tokens"] for index in indexes.values()):
         raise ConfigError("data.path", str(folder), f"must hold validation shards (c4_en); make them: {command}")
     if len({index["tokenizer_sha256"] for index in indexes.values()}) > 1:

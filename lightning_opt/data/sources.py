@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from lightning_opt.plan import ConfigError
+from lightning_opt.plan import ConfigError, check_value
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 TEXT_COLUMNS = ("text", "content")
@@ -102,14 +102,14 @@ def check_weights(weights: object, names: list[str], *, field_name: str = "data.
 
     Args:
         weights: None (equal shares), the word ``study`` (0.9257/0.0609/0.0134 for web/code/math), or corpus -> weight.
-        names: the corpora there are; one that a mapping leaves out gets 0 (it is still validated).
+        names: the corpora there are; one with weight 0 is not trained on (it is still validated).
         field_name: the config field an error names.
 
     Returns:
         Corpus -> share, in the order of ``names``.
 
     Raises:
-        ConfigError: an unknown corpus, a negative or non-finite weight, or nothing above zero.
+        ConfigError: an unknown corpus, one left out, a negative or non-finite weight, or nothing above zero.
     """
     if weights is None:
         return {name: 1.0 / len(names) for name in names}
@@ -120,15 +120,15 @@ def check_weights(weights: object, names: list[str], *, field_name: str = "data.
             field_name, weights, "must be null (equal), study, or {corpus: weight}, e.g. {web: 0.9, code: 0.1}"
         )
     for name, weight in weights.items():
-        if name not in names:
+        if check_value("data.weights.*", weight, field=f"{field_name}.{name}") and name not in names:
             raise ConfigError(f"{field_name}.{name}", weight, f"must name a corpus that is there: {', '.join(names)}")
-        is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-        if not is_number or not 0 <= weight < float("inf"):
-            raise ConfigError(f"{field_name}.{name}", weight, "must be a number >= 0")
+    missing = [name for name in names if name not in weights]
+    if missing:
+        raise ConfigError(field_name, weights, f"must name {', '.join(missing)} too; 0 leaves a corpus out on purpose")
     total = float(sum(weights.values()))
     if total <= 0:
         raise ConfigError(field_name, weights, "must have a weight above 0")
-    return {name: float(weights.get(name, 0.0)) / total for name in names}
+    return {name: float(weights[name]) / total for name in names}
 
 
 def draw(text: str) -> float:

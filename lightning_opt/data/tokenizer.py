@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_opt.plan import ConfigError
+from lightning_opt.plan import ConfigError, check_value, is_hub_id
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 WELL_KNOWN_EOS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|end▁of▁sentence|>", "[EOS]", "<|im_end|>")
-SMALLEST_VOCABULARY = 257  # the 256 bytes and the end of text
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
@@ -40,9 +40,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    if vocab_size < SMALLEST_VOCABULARY:
-        least = f"must be >= {SMALLEST_VOCABULARY} (256 bytes and the end of text)"
-        raise ConfigError("data.tokenizer.vocab_size", vocab_size, least)
+    check_value("data.tokenizer.vocab_size", vocab_size)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -59,15 +57,34 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def tokenizer_file(path: str | Path) -> Path:
-    """The ``tokenizer.json`` that ``data.tokenizer.path`` means: the file itself, or the one in a Hugging Face folder.
+    """The ``tokenizer.json`` that ``data.tokenizer.path`` means: the file itself, or that of a folder or a hub id.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or the hub cannot be reached and has not been asked before.
     """
+    if is_hub_id(str(path)):
+        return _from_hub(str(path))
     path = Path(path)
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         raise ConfigError("data.tokenizer.path", str(path), "must be a tokenizer.json, or a folder that holds one")
+    return file
+
+
+def _from_hub(name: str) -> Path:
+    """Fetches a hub model's tokenizer into the hub's own cache, with the small files beside it that name its tokens."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        file = Path(hf_hub_download(name, "tokenizer.json"))
+        for beside in ("tokenizer_config.json", "special_tokens_map.json"):
+            with contextlib.suppress(EntryNotFoundError):  # not every model has them
+                hf_hub_download(name, beside)
+    except (OSError, ValueError) as error:
+        why = str(error).strip().splitlines()[0]
+        expected = f"must be a folder here or a model within reach on the hub, which says: {why}"
+        raise ConfigError("data.tokenizer.path", name, expected) from None
     return file
 
 

@@ -22,6 +22,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from lightning_opt.evaluation.mmlu_subjects import TEST_DOCUMENTS
 from lightning_opt.evaluation.suites import SOURCES, data_folder, find_file, max_gen_toks, read_documents, spread
 from lightning_opt.plan import ConfigError
 
@@ -180,8 +181,7 @@ def _write_mmlu(folder: Path, source: Path | None, limit: int | None) -> None:
     subjects = {path.stem.removeprefix("mmlu_"): path for path in sorted(stock.glob("mmlu_*.yaml"))}
     files = None if source is None else _local_files("mmlu", source)
     if files is None:
-        sizes = dict.fromkeys(subjects, 100)  # on the hub every subject has at least 100 test documents
-        taken = dict.fromkeys(subjects, None) if limit is None else spread(sizes, limit)
+        taken = dict.fromkeys(subjects, None) if limit is None else spread(TEST_DOCUMENTS, limit)
     else:
         sizes = Counter(item["subject"] for item in documents(Path(files["test"])))
         taken = spread(sizes, limit)

@@ -42,8 +42,12 @@ _REFUSED = {
     "name_to_handle_at": (303, 264), "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430),
     "fsconfig": (431, 431), "fsmount": (432, 432), "mount_setattr": (442, 442), "syslog": (103, 116),
     "pidfd_getfd": (438, 438), "socket": (41, 198), "personality": (135, 92),
+    # What touches other processes of the same user, process 1 among them where nobody can change the user:
+    "setpriority": (141, 140), "sched_setparam": (142, 118), "sched_setscheduler": (144, 119),
+    "sched_setaffinity": (203, 122), "sched_setattr": (314, 274), "ioprio_set": (251, 30),
+    "migrate_pages": (256, 238), "move_pages": (279, 239), "process_madvise": (440, 440),
 }  # fmt: skip
-_CLONE, _CLONE3 = (56, 220), (435, 435)
+_CLONE, _CLONE3, _PRLIMIT = (56, 220), (435, 435), (302, 261)
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _ALL_NEW = NEW_NS | NEW_CGROUP | NEW_UTS | NEW_IPC | NEW_USER | NEW_PID | NEW_NET
 
@@ -113,7 +117,8 @@ def drop_capabilities() -> None:
 
 
 def refuse_system_calls() -> None:
-    """Installs a seccomp filter: the calls of `_REFUSED`, new namespaces and foreign ABIs fail with EPERM.
+    """Installs a seccomp filter: the calls of `_REFUSED`, limits of other processes, new namespaces and foreign ABIs
+    fail with EPERM.
 
     Raises:
         OSError: the kernel has no seccomp filters, or the processor is neither x86-64 nor arm64.
@@ -129,6 +134,9 @@ def refuse_system_calls() -> None:
     program += [(above, 0, 1, 0x40000000), (give, 0, 0, refuse)]  # the x32 ABI has its own numbers
     for numbers in _REFUSED.values():
         program += [(equal, 0, 1, numbers[column]), (give, 0, 0, refuse)]
+    pid_of_prlimit = (load, 0, 0, 16)  # 0 is the caller itself, and what getrlimit and setrlimit of libc ask for
+    program += [(equal, 0, 4, _PRLIMIT[column]), pid_of_prlimit, (equal, 0, 1, 0), (give, 0, 0, allow)]
+    program.append((give, 0, 0, refuse))
     # clone3 hides its flags behind a pointer: as if the kernel had none, libc falls back to clone.
     program += [(equal, 0, 1, _CLONE3[column]), (give, 0, 0, no_such_call)]
     program += [(equal, 0, 3, _CLONE[column]), (load, 0, 0, 16), (masked, 0, 1, _ALL_NEW), (give, 0, 0, refuse)]

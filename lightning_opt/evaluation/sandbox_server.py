@@ -1,10 +1,13 @@
 """The inside of the sandbox: builds the closed room, then runs one program after another in it. Standard library only.
 
-Started by `sandbox.Sandbox` as a fresh interpreter with an empty environment. Frames on stdin and stdout: four bytes of
-length, then JSON. The first answer is `{"ready": true, "features": [...]}` or `{"error": why}`.
+Started by `sandbox.Sandbox` as a fresh interpreter with an empty environment; its source comes by stdin, so that no
+path of the host is in its memory. Frames on stdin and stdout: four bytes of length, then JSON. The first answer is
+`{"ready": true, "user": 61999, "user_namespace": false}`, once an empty program has passed with every right given up,
+or `{"error": why}`.
 
 Two processes: the outer one makes the namespaces and waits; the inner one is process 1 of the new PID namespace and
-keeps the rights to build. Every candidate is a fork of process 1 that gives up all rights before it runs a line.
+keeps the rights to build. Every candidate is a fork of process 1 that gives up all rights before it runs a line. The
+room ends when stdin does: a death signal of the owner would come when the owner's thread ends that started the room.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import datetime  # noqa: F401
 import decimal  # noqa: F401
 import fractions  # noqa: F401
 import functools  # noqa: F401
+import glob
 import hashlib
 import heapq  # noqa: F401
 import itertools  # noqa: F401
@@ -48,6 +52,7 @@ _DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 _LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
 
 Limits = collections.namedtuple("Limits", "seconds memory_bytes processes file_bytes open_files folder_bytes")
+_TRIAL = Limits(10.0, 512 << 20, 4, 1 << 20, 32, 1 << 20)
 
 
 def _read_exactly(fd: int, count: int) -> bytes:
@@ -120,7 +125,8 @@ def _build_room() -> None:
     """A root of its own on a small tmpfs: libraries read-only, four devices, /tmp; no /proc, /etc, /home."""
     room = kernel.MS_NOSUID | kernel.MS_NODEV
     shown = _shown_folders()
-    hidden = [folder + "/site-packages" for folder in sys.path if os.path.isdir(folder + "/site-packages")]
+    installed = ("/*-packages", "/python*/*-packages")  # site-packages, and dist-packages of Debian
+    hidden = [path for folder in shown for pattern in installed for path in glob.glob(folder + pattern)]
     kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
     kernel.mount("tmpfs", _NEW_ROOT, "tmpfs", kernel.MS_NOSUID, "size=64k,mode=755")
     for path in shown:
@@ -158,19 +164,18 @@ def _limit(limits: Limits) -> None:
         resource.setrlimit(getattr(resource, name), (soft, hard))
 
 
-def _give_up_rights(user: int, limits: Limits, keep: tuple[int, int], *, mapped: bool) -> tuple[int, int]:
-    """Turns this fork of process 1 into a candidate's: own folder and IPC, limits, no descriptors, no rights."""
+def _give_up_rights(user: int, limits: Limits, keep: tuple[int, int], *, mapped: bool) -> None:
+    """Turns this fork of process 1 into a candidate's: own folder and IPC, limits, two descriptors, no rights."""
     os.setsid()
     kernel.unshare(kernel.NEW_NS | kernel.NEW_IPC)
     options = f"size={limits.folder_bytes},nr_inodes=512,mode=700,uid={user},gid={user}"
     kernel.mount("tmpfs", "/tmp", "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC, options)
     os.chdir("/tmp")
     null = os.open("/dev/null", os.O_RDWR)
-    secret, report = os.dup(keep[0]), os.dup(keep[1])
     for standard in (0, 1, 2):
         os.dup2(null, standard)
     for fd in range(3, 256):
-        if fd not in (secret, report):
+        if fd not in keep:
             with contextlib.suppress(OSError):
                 os.close(fd)
     _limit(limits)
@@ -183,12 +188,10 @@ def _give_up_rights(user: int, limits: Limits, keep: tuple[int, int], *, mapped:
     kernel.hide_memory()
     kernel.die_with_parent()
     kernel.no_new_privileges()
-    with contextlib.suppress(OSError):
-        kernel.refuse_system_calls()
+    kernel.refuse_system_calls()
     for number in range(1, signal.NSIG):
         with contextlib.suppress(OSError, ValueError):
             signal.signal(number, signal.SIG_DFL)
-    return secret, report
 
 
 def _run(program: str, secret: int, report: int) -> None:
@@ -247,8 +250,8 @@ def _judge(program: str, limits: Limits, user: int, *, mapped: bool) -> dict:
     if child == 0:
         leave = os._exit
         try:
-            secret, report = _give_up_rights(user, limits, (secret_out, report_in), mapped=mapped)
-            _run(program, secret, report)
+            _give_up_rights(user, limits, (secret_out, report_in), mapped=mapped)
+            _run(program, secret_out, report_in)
         except BaseException as error:
             with contextlib.suppress(BaseException):
                 os.write(report_in, f"sandbox: {error}"[:300].encode())
@@ -288,9 +291,14 @@ def _serve(requests: int, answers: int, user: int, *, mapped: bool) -> None:
     try:
         kernel.die_with_parent()
         kernel.hide_memory()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one signal with a handler: the others never reach process 1
         _build_room()
+        trial = _judge("", _TRIAL, user, mapped=mapped)
     except OSError as error:
         _send(answers, {"error": str(error)})
+        return
+    if not trial["passed"]:
+        _send(answers, {"error": trial["reason"]})
         return
     _send(answers, {"ready": True, "user": user, "user_namespace": mapped})
     while True:
@@ -308,7 +316,7 @@ def main() -> None:
     null = os.open("/dev/null", os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(null, standard)
-    kernel.die_with_parent()
+    sys.executable, sys.orig_argv = "", []
     try:
         user, mapped = _make_namespaces()
         inner = os.fork()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_opt.evaluation.offline import write_tasks
 from lightning_opt.evaluation.quiet import quiet
 from lightning_opt.evaluation.sandbox import available
-from lightning_opt.evaluation.suites import DEFAULTS, SOURCES, TASKS, check, in_hub_cache
+from lightning_opt.evaluation.suites import SOURCES, STOCK_MAX_GEN_TOKS, TASKS, in_hub_cache, resolve
 from lightning_opt.plan import ConfigError
 from lightning_opt.run_folder import write_json
 
@@ -53,15 +53,15 @@ def evaluate(
         device: where to score; None means where the model is.
 
     Returns:
-        `suite`, `comparable` (whether whole real sets were scored, so that the numbers may stand beside published
-        ones), and per task either `metric`, `value`, `stderr`, `n`, `shots`, `chance`, `truncated` (documents that
-        did not fit the context) or `skipped` (why).
+        `suite`, `comparable` (whether every score may stand beside published ones), and per task either `metric`,
+        `value`, `stderr`, `n`, `shots`, `chance`, `truncated` (documents that did not fit the context), `comparable`
+        (a whole real set, no prompt cut, HumanEval's answers of the stock length) and where it is not `why_not`, or
+        `skipped` (why).
 
     Raises:
         ConfigError: the configuration is wrong (see `check`), or the tokenizer has no special token to start from.
     """
-    check(config)
-    settings = {**DEFAULTS, **config}
+    settings = resolve(config)
     suite = settings["suite"]
     head: dict[str, Any] = {"suite": suite, "comparable": False}
     if suite == "none":
@@ -82,8 +82,9 @@ def evaluate(
         _write(output / "tasks", settings, wanted, length)
         results, summary, failed = _on_device(model, device, tokenizer, wanted, output / "tasks", settings, length)
         skipped |= failed
-    whole = [entry["n"] == SOURCES[task].documents for task, entry in summary.items()]
-    head["comparable"] = suite == "full" and bool(whole) and all(whole)
+    for task, entry in summary.items():
+        entry |= _comparable(task, entry, suite, results)
+    head["comparable"] = bool(summary) and all(entry["comparable"] for entry in summary.values())
     block = head | {task: summary.get(task) or {"skipped": skipped.get(task, "no result")} for task in TASKS}
     _keep(output, results, block, skipped, settings, seconds=time.monotonic() - started)
     return block
@@ -253,6 +254,21 @@ def _summary(task: str, results: dict[str, Any], lm: CountingLM) -> dict[str, An
             task,
         )
     return entry
+
+
+def _comparable(task: str, entry: Mapping[str, Any], suite: str, results: Mapping[str, Any]) -> dict[str, Any]:
+    """`comparable`, and where the score may not stand beside published ones, why in a few words."""
+    whole, why = SOURCES[task].documents, ""
+    tokens = results["configs"]["humaneval"]["generation_kwargs"]["max_gen_toks"] if task == "humaneval" else None
+    if suite != "full":
+        why = f"suite {suite}"
+    elif entry["n"] != whole:
+        why = f"{entry['n']} of {whole} documents"
+    elif tokens not in (None, STOCK_MAX_GEN_TOKS):
+        why = f"answers of {tokens} tokens, stock {STOCK_MAX_GEN_TOKS}"
+    elif entry["truncated"]:
+        why = f"{entry['truncated']} of {entry['n']} prompts cut to the context"
+    return {"comparable": False, "why_not": why} if why else {"comparable": True}
 
 
 def _stderr(given: Any, value: float, n: int) -> float | None:

@@ -6,7 +6,6 @@ published number. `full`: the real sets, from local files (`data_dir`) or from t
 
 from __future__ import annotations
 
-import difflib
 import gzip
 import json
 import os
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_opt.plan import ConfigError
+from lightning_opt.plan import ConfigError, check_value, one_of
 
 SUITES = ("mini", "full", "none")
 TASKS = ("hellaswag", "mmlu", "humaneval")
@@ -33,6 +32,7 @@ DEFAULTS: dict[str, Any] = {
 }
 
 # A model of minutes never writes a stop string, so every problem runs to the end: the stock 1024 tokens would be hours.
+STOCK_MAX_GEN_TOKS = 1024
 _MAX_GEN_TOKS = {"mini": 64, "full": 256}
 
 
@@ -66,35 +66,33 @@ def check(config: Mapping[str, Any]) -> None:
     """Refuses a `config["evaluation"]` that could not run, before anything heavy is imported.
 
     Raises:
-        ConfigError: unknown suite, task or option, a bad number, a data folder or file that is not there, or the
-        hub's sets
-            wanted while the hub is switched off and nothing is cached.
+        ConfigError: unknown suite, task or option, a bad number, a data folder or file that is not there, or the hub's
+            sets wanted while the hub is switched off and nothing is cached.
     """
+    resolve(config)
+
+
+def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A checked `config["evaluation"]` (see `check`): what it leaves out as in `DEFAULTS`, whole numbers as int."""
     for key in config:
         if key not in DEFAULTS:
-            raise ConfigError("evaluation", key, f"must be one of {', '.join(DEFAULTS)}{_closest(key, DEFAULTS)}")
+            raise ConfigError("evaluation", key, one_of(key, DEFAULTS))
     settings = {**DEFAULTS, **config}
     suite = settings["suite"]
     if suite not in SUITES:
-        raise ConfigError("evaluation.suite", suite, f"must be one of {', '.join(SUITES)}{_closest(suite, SUITES)}")
+        raise ConfigError("evaluation.suite", suite, one_of(suite, SUITES))
     _check_tasks(settings["tasks"])
-    for key, least in (("limit", 1), ("batch_size", 1), ("max_gen_toks", 1)):
-        value = settings[key]
-        if not (isinstance(value, int) and not isinstance(value, bool) and value >= least) and not (
-            value is None and DEFAULTS[key] is None
-        ):
-            also = " or null" if DEFAULTS[key] is None else ""
-            raise ConfigError(f"evaluation.{key}", value, f"must be a whole number of {least} or more{also}")
+    for key in ("limit", "batch_size"):
+        settings[key] = check_value(f"evaluation.{key}", settings[key])
+    tokens = settings["max_gen_toks"]
+    if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1):
+        raise ConfigError("evaluation.max_gen_toks", tokens, "must be a whole number >= 1, or null for the suite's own")
     seconds = settings["sandbox_seconds"]
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= 600:
         raise ConfigError("evaluation.sandbox_seconds", seconds, "must be seconds above 0, up to 600")
     if suite == "full":
         _check_data(settings["data_dir"], settings["tasks"])
-
-
-def _closest(value: Any, known: Sequence[str] | Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(str(value), list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else ""
+    return settings
 
 
 def _check_tasks(tasks: Any) -> None:
@@ -102,7 +100,7 @@ def _check_tasks(tasks: Any) -> None:
         raise ConfigError("evaluation.tasks", tasks, f"must be a list of {', '.join(TASKS)}")
     for task in tasks:
         if task not in TASKS:
-            raise ConfigError("evaluation.tasks", task, f"must be one of {', '.join(TASKS)}{_closest(task, TASKS)}")
+            raise ConfigError("evaluation.tasks", task, one_of(task, TASKS))
     if len(set(tasks)) != len(tasks):
         raise ConfigError("evaluation.tasks", list(tasks), "must name each task once")
 

@@ -38,7 +38,7 @@ def banner(folder: Path, plan: dict[str, Any], env: dict[str, Any]) -> None:
         plan["data_fingerprint"][:12],
     )
     for corpus in plan["corpora"]:
-        if not corpus["train_tokens"]:
+        if corpus["epochs"] is None:
             log.info("           %-12s validation only", corpus["name"])
             continue
         log.info(
@@ -97,21 +97,16 @@ def last_block(folder: Path, summary: dict[str, Any], commands: Sequence[tuple[s
         commands: pairs of what it does and the command.
     """
     log.info("")
-    loss = summary["val_loss"]
-    if loss is not None:
-        log.info(
-            "%s: validation loss %.4f nats/token (perplexity %.1f, %.3f bits per byte) after %s tokens in %.0f s",
-            summary["state"],
-            loss,
-            summary["val_perplexity"],
-            summary["val_bits_per_byte"],
-            _count(summary["tokens"]),
-            summary["seconds"],
-        )
-        by_corpus = summary["val_loss_by_corpus"] or {}
-        log.info(
-            "loss       %s", "  ".join(f"{name} {value:.4f}" for name, value in by_corpus.items() if value is not None)
-        )
+    facts = [f"{_count(summary['tokens'])} tokens in {summary['seconds'] or 0:.0f} s"]
+    if summary["val_loss"] is not None:
+        facts.insert(0, f"validation loss {summary['val_loss']:.4f} nats/token")
+        facts.insert(1, f"perplexity {summary['val_perplexity']:.1f}, {summary['val_bits_per_byte']:.3f} bits per byte")
+    elif summary["train_loss"] is not None:
+        facts.insert(0, f"training loss {summary['train_loss']:.4f} nats/token")
+    log.info("%-10s %s", summary["state"], "; ".join(facts))
+    by_corpus = {name: loss for name, loss in (summary["val_loss_by_corpus"] or {}).items() if loss is not None}
+    if by_corpus:
+        log.info("loss       %s", "  ".join(f"{name} {loss:.4f}" for name, loss in by_corpus.items()))
     if summary["tokens_per_s_per_device"]:
         share = (
             f"; optimizer {100 * summary['optimizer_share']:.1f} % of a step"

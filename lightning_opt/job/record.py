@@ -28,25 +28,26 @@ _PACKAGES = [
 ]
 
 
-def environment(data_fingerprint: str) -> dict[str, Any]:
+def environment(data_fingerprint: str, device: str) -> dict[str, Any]:
     """Versions, device and commit of this process.
 
     Args:
         data_fingerprint: identity of the tokenised data.
+        device: ``cuda`` or ``cpu``: where the run trains.
 
     Returns:
         The content of ``env.json``; what cannot be told is None.
     """
     import torch
 
-    on_gpu = torch.cuda.is_available()
+    on_gpu = device == "cuda"
     commit, dirty = _git()
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "cuda": torch.version.cuda,
-        "device": "cuda" if on_gpu else "cpu",
+        "device": device,
         "device_name": torch.cuda.get_device_name() if on_gpu else _cpu_name(),
         "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "num_threads": torch.get_num_threads(),

@@ -10,12 +10,22 @@ from typing import Any
 
 from lightning_opt.job import notices, record
 from lightning_opt.job.logs import run_log
+from lightning_opt.job.signals import Terminated, terminable
 from lightning_opt.plan import ConfigError, RunPlan, check
-from lightning_opt.run_folder import Diverged, RunFolder, Status, config_hash, summarize, write_json, write_text
+from lightning_opt.run_folder import (
+    Diverged,
+    ExitCode,
+    RunFolder,
+    Status,
+    append_event,
+    config_hash,
+    read_status,
+    summarize,
+    write_json,
+    write_text,
+)
 
 log = logging.getLogger("lightning_opt.job")
-
-FINISHED, FAILED, CONFIGURATION, DIVERGED, INTERRUPTED, PREEMPTED = 0, 1, 2, 3, 130, 143
 
 
 @dataclass(frozen=True)
@@ -63,42 +73,39 @@ def run(
         is in status.json, and the traceback, if any, in run.log.
     """
     order = Order(config, check(config), overrides, saved_config, instantiate, tuned)
-    with Status(folder.status, config_hash(config)) as status, run_log(folder.log):
+    identity = read_status(folder.status).get("config_hash") or config_hash(config)
+    with Status(folder.status, identity) as status, run_log(folder.log), terminable():
         return _guarded(order, folder, status)
 
 
 def _guarded(order: Order, folder: RunFolder, status: Status) -> int:
-    """Runs the stages and turns whatever happens into a state, a reason and an exit code."""
-    code = FINISHED
+    """Runs the stages and turns whatever happens into a state, a reason, an event and an exit code."""
     try:
+        if folder.metrics.exists():
+            append_event(folder.events, "restarted")
         write_text(folder.config, order.saved_config)
         write_text(folder.overrides, "".join(f"{word}\n" for word in order.overrides))
-        stopped_by = _train_and_evaluate(order, folder, status)
-        if stopped_by:
-            status.set("PREEMPTED", f"stopped by {stopped_by} at step {status.step}")
-            code = PREEMPTED
-        else:
-            status.set("FINISHED")
+        if _train_and_evaluate(order, folder, status):
+            raise Terminated
+        state, reason, code = "FINISHED", None, ExitCode.FINISHED
     except ConfigError as error:
-        status.set("FAILED", str(error))
-        log.error("%s", error)
-        return CONFIGURATION
-    except (KeyboardInterrupt, SystemExit) as error:
-        # Lightning answers Ctrl-C with SystemExit after its own shutdown
-        status.set("PREEMPTED", f"interrupted at step {status.step}")
-        log.warning("interrupted at step %d (%s)", status.step, type(error).__name__)
-        code = INTERRUPTED
+        state, reason, code = "FAILED", str(error), ExitCode.CONFIGURATION
     except Diverged as error:
-        status.set("DIVERGED", str(error))
-        log.error("diverged: %s", error)
-        code = DIVERGED
+        state, reason, code = "DIVERGED", str(error), ExitCode.DIVERGED
+    except Terminated:
+        state, reason, code = "PREEMPTED", f"stopped by SIGTERM at step {status.step}", ExitCode.PREEMPTED
+    except (KeyboardInterrupt, SystemExit):  # Lightning answers Ctrl-C with SystemExit after its own shutdown
+        state, reason, code = "PREEMPTED", f"interrupted at step {status.step}", ExitCode.INTERRUPTED
     except Exception as error:
-        status.set("FAILED", f"{type(error).__name__}: {error}".splitlines()[0])
-        log.error("failed: %s", status.reason)
+        state, reason, code = "FAILED", f"{type(error).__name__}: {' '.join(str(error).split())}", ExitCode.FAILED
         log.error("%s", traceback.format_exc())
-        code = FAILED
-    _report(folder)
-    return code
+    status.set(state, reason)
+    if reason:
+        log.error("%s: %s", state.lower(), reason)
+        append_event(folder.events, state.lower(), step=status.step, reason=reason)
+    if code != ExitCode.CONFIGURATION:
+        _report(folder)
+    return int(code)
 
 
 def _train_and_evaluate(order: Order, folder: RunFolder, status: Status) -> str | None:
@@ -108,6 +115,7 @@ def _train_and_evaluate(order: Order, folder: RunFolder, status: Status) -> str 
     from lightning_opt.plan import flops_per_token
 
     config = order.config
+    device = training.choose_device(config["trainer"]["accelerator"])
     training.prepare(config["seed"], config["trainer"]["num_threads"])
     token_data = data.build(_data_config(config), seed=config["seed"])
     plan = order.plan if order.plan.max_steps else check(config, sequences=len(token_data.train))
@@ -137,7 +145,7 @@ def _train_and_evaluate(order: Order, folder: RunFolder, status: Status) -> str 
         precision=precision,
         tuned=order.tuned,
     )
-    env = record.environment(token_data.fingerprint)
+    env = record.environment(token_data.fingerprint, device)
     write_json(folder.env, env)
     write_json(folder.plan, planned)
     notices.banner(folder.path, planned, env)
@@ -154,7 +162,7 @@ def _train_and_evaluate(order: Order, folder: RunFolder, status: Status) -> str 
         token_data.val,
         micro_batch_size=plan.micro_batch_size,
         micro_batches=plan.max_steps * plan.accumulate,
-        val_batches=config["trainer"]["val_batches"],
+        val_sequences=config["trainer"]["val_sequences"],
         num_workers=config["data"]["num_workers"],
         overfit_batches=config["trainer"]["overfit_batches"],
     )
@@ -165,14 +173,14 @@ def _train_and_evaluate(order: Order, folder: RunFolder, status: Status) -> str 
         plan,
         config=config["trainer"],
         precision=precision[0],
-        folder=folder.path,
+        folder=folder,
         columns=_columns(token_data.val, roles),
         callbacks=_callbacks(order, folder, plan, flops, token_data.tokenizer),
-        loggers=[order.instantiate(spec) for spec in (config["logger"] or {}).values()],
+        loggers=_loggers(order, folder),
         status=status,
     )
     if fitted.stopped_by is None:
-        _evaluate(order, folder, model, token_data.tokenizer, training.choose_device(config["trainer"]["accelerator"]))
+        _evaluate(order, folder, model, token_data.tokenizer, device)
     return fitted.stopped_by
 
 
@@ -222,12 +230,22 @@ def _callbacks(order: Order, folder: RunFolder, plan: RunPlan, flops: float | No
     return callbacks
 
 
+def _loggers(order: Order, folder: RunFolder) -> list[Any]:
+    """Builds the configured loggers; what they write goes into the run folder unless they say where."""
+    loggers = []
+    for spec in (order.config["logger"] or {}).values():
+        place = {"save_dir": str(folder.path)} if "save_dir" in spec and spec["save_dir"] is None else {}
+        loggers.append(order.instantiate(spec, **place))
+    return loggers
+
+
 def _evaluate(order: Order, folder: RunFolder, model: Any, tokenizer: Any, device: str) -> None:
     from lightning_opt import evaluation
 
     config = order.config["evaluation"]
     if config["suite"] == "none":
         return
+    log.info("evaluation %s suite: %s", config["suite"], ", ".join(config["tasks"]))
     evaluation.evaluate(
         model,
         tokenizer,

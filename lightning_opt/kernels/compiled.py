@@ -45,12 +45,14 @@ def _graph(rule: Rule, names: tuple[str, ...], l2: bool) -> Callable[..., None]:
                 if new is not old:
                     old.copy_(new)
 
+    # Dynamo keeps compiled code per code object, 8 kinds at most, and runs eager in silence beyond: one object each.
+    update_all.__code__ = update_all.__code__.replace(co_name=f"update_{rule.name}")
     return update_all
 
 
 @functools.cache
 def _compiled(rule: Rule, names: tuple[str, ...], l2: bool, dtypes: tuple[torch.dtype, ...], flat: bool) -> Callable:
-    """One compiled function per kind of bucket, so that each has its own cache and none hits the recompile limit."""
+    """One compiled function per kind of bucket, each with a cache of its own, so that none hits the recompile limit."""
     return torch.compile(_graph(rule, names, l2), dynamic=flat)
 
 

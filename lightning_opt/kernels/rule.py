@@ -25,6 +25,7 @@ class Rule:
         state: names of the state tensors, each shaped like the parameter and zero at first.
         defaults: the rule's own hyperparameters (beside lr, weight decay, clipping, ...) and their defaults.
         traffic: bytes per float32 parameter that an ideal step reads and writes, gradient included.
+        wide_state: those of `state` that are kept in float32 (float64 for float64 weights) whatever `state_dtype` says.
         fused: torch's fused functional for this rule, ``fused(bucket)``, or None.
         elementwise: `update` treats every element alone, so tensors may be flattened or be shards of a DTensor.
         needs: names of signals (`Optimizer.observe`) the rule cannot work without.
@@ -36,6 +37,7 @@ class Rule:
     state: tuple[str, ...]
     defaults: Mapping[str, Any]
     traffic: int
+    wide_state: tuple[str, ...] = ()
     fused: Callable[[Bucket], None] | None = None
     elementwise: bool = True
     needs: frozenset[str] = frozenset()

@@ -16,8 +16,7 @@ from omegaconf import DictConfig
 
 from lightning_opt.launch.compose import CONF, CONFIG_NAME, Composer
 from lightning_opt.plan import ConfigError
-
-FINISHED, FAILED, WRONG, DIVERGED = 0, 1, 2, 3
+from lightning_opt.run_folder import ExitCode
 
 
 def main(argv: Sequence[str], conf: Path = CONF) -> int:
@@ -43,24 +42,13 @@ def main(argv: Sequence[str], conf: Path = CONF) -> int:
             command = check_command(composer, args.overrides, multirun=args.multirun, values=not args.cfg)
     except ConfigError as error:
         print(error, file=sys.stderr)
-        return WRONG
+        return ExitCode.CONFIGURATION
     if args.cfg:
-        return _hand_to_hydra(list(argv), conf, _nothing)
+        return _hand_to_hydra([*_flags(args), *command.overrides], conf, _nothing)
     from lightning_opt.launch import task
 
-    task.named_folder = command.folder
-    task.codes.clear()
-    code = _hand_to_hydra([*_flags(args), *command.overrides], conf, task.run_job)
-    return code or sweep_code(task.codes)
-
-
-def sweep_code(codes: Sequence[int]) -> int:
-    """One exit code for several jobs: a job's own where there is one, else 1 before 3 before 0."""
-    if len(codes) == 1:
-        return codes[0]
-    if any(code not in (FINISHED, DIVERGED) for code in codes):
-        return FAILED
-    return DIVERGED if DIVERGED in codes else FINISHED
+    task.begin(command.folder)
+    return _hand_to_hydra([*_flags(args), *command.overrides], conf, task.run_job) or task.exit_code()
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -78,8 +66,11 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def _flags(args: argparse.Namespace) -> list[str]:
     flags = ["--multirun"] if args.multirun else []
-    flags += ["--config-dir", args.config_dir] if args.config_dir else []
-    return flags + (["--config-name", args.config_name] if args.config_name else [])
+    flags += ["--resolve"] if args.resolve else []
+    for name in ("cfg", "package", "config_dir", "config_name"):
+        value = getattr(args, name)
+        flags += [f"--{name.replace('_', '-')}", value] if value else []
+    return flags
 
 
 def _nothing(cfg: DictConfig) -> None:
@@ -91,8 +82,10 @@ def _hand_to_hydra(argv: list[str], conf: Path, function: TaskFunction) -> int:
         try:
             hydra.main(config_path=str(conf), config_name=CONFIG_NAME, version_base="1.3")(function)()
         except SystemExit as stop:
-            return stop.code if isinstance(stop.code, int) else FINISHED if stop.code is None else FAILED
-    return FINISHED
+            if isinstance(stop.code, int):
+                return stop.code
+            return ExitCode.FINISHED if stop.code is None else ExitCode.FAILED
+    return ExitCode.FINISHED
 
 
 @contextmanager

@@ -11,12 +11,14 @@ from omegaconf._utils import split_key
 
 from lightning_opt.launch.compose import Composer
 from lightning_opt.plan import ConfigError
-from lightning_opt.plan.checks import one_of
 from lightning_opt.plan.values import show
+from lightning_opt.plan.words import one_of
 
 # Maps whose keys the user may add to or take away from.
 OPEN = (("callbacks",), ("logger",), ("optimizer", "roles"), ("data", "weights"))
 _NULLABLE = ("experiment", "debug")
+# What a file calls itself: changed alone, it would label a run as something that it is not.
+_LABELS = {f"{group}.name": group for group in ("model", "data", "optimizer", "schedule", "scale")}
 
 
 def is_group_choice(override: Override, composer: Composer) -> bool:
@@ -62,6 +64,8 @@ def check_field(override: Override, tree: dict[str, Any], composer: Composer) ->
     key, value = override.key_or_group, _value(override)
     sign = "~" if override.is_delete() else "+" if override.is_add() or override.is_force_add() else ""
     parts = tuple(split_key(key))
+    for below in _keys(value) if isinstance(value, dict) and value else [()]:
+        _check_label(".".join((*parts, *below)), _at(value, below))
     open_map = _is_open(parts, tree)
     if override.is_delete():
         if not open_map:
@@ -83,6 +87,11 @@ def check_field(override: Override, tree: dict[str, Any], composer: Composer) ->
     return new
 
 
+def _check_label(field: str, name: Any) -> None:
+    if field in _LABELS:
+        raise ConfigError(field, name, f"is what the chosen file calls itself: choose by {_LABELS[field]}=NAME")
+
+
 def _value(override: Override) -> Any:
     return None if override.is_sweep_override() or override.value_type is None else override.value()
 
@@ -91,7 +100,7 @@ def _is_open(parts: tuple[str, ...], tree: Any) -> bool:
     if any(parts[: len(prefix)] == prefix and len(parts) > len(prefix) for prefix in OPEN):
         return True
     target = str((tree.get("model") or {}).get("_target_", ""))
-    return parts[0] == "model" and len(parts) > 1 and not target.startswith("lightning_opt.models.llama")
+    return parts[0] == "model" and len(parts) > 1 and not target.startswith("lightning_opt.")
 
 
 def _exists(parts: tuple[str, ...], tree: Any) -> bool:

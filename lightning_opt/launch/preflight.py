@@ -16,10 +16,10 @@ from lightning_opt import plan
 from lightning_opt.launch.compose import Composer
 from lightning_opt.launch.names import check_field, check_group, is_group_choice
 from lightning_opt.launch.resolve import plain_config
-from lightning_opt.launch.targets import check_targets
+from lightning_opt.launch.targets import check_loggers, check_targets
 from lightning_opt.optim import list_optimizers
 from lightning_opt.plan import ConfigError
-from lightning_opt.plan.checks import one_of
+from lightning_opt.plan.words import one_of
 from lightning_opt.run_folder import config_hash
 
 _GRIDS = ("BasicSweeper", "GridSweeper")
@@ -64,14 +64,18 @@ def check_command(composer: Composer, lines: Sequence[str], *, multirun: bool = 
                 raise ConfigError(
                     override.key_or_group, value, f"several values make a sweep, which needs -m: {example}"
                 )
-    sweep = multirun or any(o.key_or_group == "hydra.mode" for o in overrides)
-    grids = _expand(composer, overrides, sweep) if sweep else [overrides]
+    for override in overrides:
+        if override.key_or_group == "hydra.mode":
+            raise ConfigError("hydra.mode", override.value(), "is not for you to set: use -m for a sweep")
+    sweep = multirun
+    grids = _expand(composer, overrides) if sweep else [overrides]
     jobs, seen = [], {}
     for number, job in enumerate(grids):
         cfg = checker.compose(job, sweep)
         if not values:
             continue
         config = check_job(cfg)
+        _check_scale_counts(job, config)
         same = seen.setdefault(config_hash(config), number)
         if same != number:
             changed = " ".join(o.input_line or "" for o in job)
@@ -101,11 +105,12 @@ def check_job(cfg: DictConfig) -> dict[str, Any]:
     """
     from lightning_opt import data, evaluation  # their checks need no torch
 
-    config = plain_config(cfg)
+    config = plan.normalised(plain_config(cfg))
     run = plan.check(config)
     _check_rules(config["optimizer"])
     check_targets({key: config[key] for key in ("model", "callbacks", "logger") if key in config})
-    data.check(_with_model_tokenizer(config), tokens=run.tokens)
+    check_loggers(config.get("logger") or {})
+    data.check(plan.data_config(config), tokens=run.tokens)
     evaluation.check(config["evaluation"])
     return config
 
@@ -118,12 +123,14 @@ def _check_rules(optimizer: dict[str, Any]) -> None:
             raise ConfigError(f"optimizer.roles.{role}.rule", rule, one_of(rule, known))
 
 
-def _with_model_tokenizer(config: dict[str, Any]) -> dict[str, Any]:
-    """The data part with the tokenizer of a given model's folder, which is what the run will use."""
-    folder, tokenizer = config["model"].get("path"), config["data"].get("tokenizer") or {}
-    if not folder or tokenizer.get("path"):
-        return config["data"]
-    return {**config["data"], "tokenizer": {**tokenizer, "path": folder}} if Path(folder).is_dir() else config["data"]
+def _check_scale_counts(job: Sequence[Override], config: dict[str, Any]) -> None:
+    """A length that the user gives by `scale` must not be beaten in silence by one of `trainer`."""
+    asked = [o for o in job if o.key_or_group == "scale.tokens" and config["scale"]["tokens"] is not None]
+    beaten = [key for key in ("max_steps", "max_tokens", "max_epochs") if config["trainer"].get(key) is not None]
+    if asked and beaten:
+        field = f"trainer.{beaten[0]}"
+        why = f"contradicts {field} = {config['trainer'][beaten[0]]}: give one length; {field}=null leaves it to scale"
+        raise ConfigError("scale.tokens", config["scale"]["tokens"], why)
 
 
 class _Checker:
@@ -156,7 +163,7 @@ class _Checker:
         return f"++{line}" if override.key_or_group in self._new and not line.startswith(("+", "~")) else line
 
 
-def _expand(composer: Composer, overrides: list[Override], sweep: bool) -> list[list[Override]]:
+def _expand(composer: Composer, overrides: list[Override]) -> list[list[Override]]:
     """The jobs of a sweep; one representative job where a sweeper other than a grid decides later."""
     plain = [o for o in overrides if not o.is_sweep_override()]
     hydra = [str(o.input_line) for o in plain if o.key_or_group.startswith(("hydra/", "hydra.", "experiment"))]

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import yaml
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lightning_opt.plan import ConfigError
+from lightning_opt.plan import ConfigError, secrets
 from lightning_opt.plan.lengths import params_for_length
-
-REDACTED = "***"
-_SECRET = re.compile(r"(^|[_.\-])(api_?key|key|secret|password|passwd|token|credentials?|auth)$", re.IGNORECASE)
-_TOKEN_FIELDS = re.compile(r"(pad|eos|bos|unk|mask|sep|cls)_token$")
-
-
-def is_secret(key: str) -> bool:
-    """Whether a dotted key looks like it holds a secret."""
-    return bool(_SECRET.search(key)) and not _TOKEN_FIELDS.search(key)
 
 
 def plain_config(cfg: DictConfig) -> dict[str, Any]:
@@ -60,22 +53,12 @@ def saved_config(cfg: DictConfig) -> dict[str, Any]:
     """`plain_config` with environment variables left as `${oc.env:NAME}` and secrets blotted out: fit for a file."""
     with _environment_unresolved():
         config = plain_config(cfg)
-    return _blot(config)
+    return secrets.clean(config)
 
 
 def saved_text(cfg: DictConfig) -> str:
     """`saved_config` as YAML."""
     return yaml.safe_dump(saved_config(cfg), sort_keys=False, allow_unicode=True, width=120)
-
-
-def _blot(node: Any, key: str = "") -> Any:
-    if isinstance(node, dict):
-        return {name: _blot(value, f"{key}.{name}") for name, value in node.items()}
-    if isinstance(node, list):
-        return [_blot(value, key) for value in node]
-    if isinstance(node, str) and node and is_secret(key) and not node.startswith("${oc.env:"):
-        return REDACTED
-    return node
 
 
 @contextmanager
@@ -95,14 +78,24 @@ def _environment_unresolved() -> Iterator[None]:
 
 
 def redact(overrides: Sequence[str]) -> list[str]:
-    """The overrides with the values of secret-looking keys blotted out."""
-    kept = []
-    for line in overrides:
-        key, equals, value = line.partition("=")
-        secret = equals and is_secret(key) and "${oc.env:" not in value
-        kept.append(
-            f"{key}={REDACTED}"
-            if secret
-            else re.sub(r"(?i)((?:api_?key|password|secret)\s*:\s*)[^,}\s]+", r"\1***", line)
-        )
-    return kept
+    """The overrides without secrets: neither values of what is named like one, also inside maps, nor what looks so."""
+    return [_redacted(line) for line in overrides]
+
+
+def _redacted(line: str) -> str:
+    key, equals, text = line.partition("=")
+    if not equals:
+        return line
+    try:
+        value = OverridesParser.create().parse_override(line).value()
+    except HydraException:
+        value = text
+    if not isinstance(value, dict | list):
+        value = text
+    cleaned = secrets.clean(value, key)
+    if cleaned == value:
+        return line
+    if isinstance(cleaned, str):
+        return f"{key}={cleaned}"
+    escaped = Override._get_value_element_as_str(secrets.REDACTED)  # a mark, no value that needs its brackets escaped
+    return f"{key}={Override._get_value_element_as_str(cleaned).replace(escaped, secrets.REDACTED)}"

@@ -11,9 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from lightning_opt.plan import ConfigError
-from lightning_opt.plan.checks import one_of
+from lightning_opt.plan.words import one_of
 
 _OURS = "lightning_opt."
+# What Lightning's loggers import only when they are made: logger -> packages, one of which is enough.
+_LOGGER_NEEDS = {
+    "TensorBoardLogger": ("tensorboard", "tensorboardX"),
+    "WandbLogger": ("wandb",),
+    "MLFlowLogger": ("mlflow", "mlflow_skinny"),
+    "CometLogger": ("comet_ml",),
+    "NeptuneLogger": ("neptune",),
+}
 
 
 def check_targets(config: Any, prefix: str = "") -> None:
@@ -30,6 +38,20 @@ def check_targets(config: Any, prefix: str = "") -> None:
     elif isinstance(config, list):
         for index, value in enumerate(config):
             check_targets(value, f"{prefix}{index}.")
+
+
+def check_loggers(loggers: dict[str, Any]) -> None:
+    """Checks that the package behind each logger of Lightning's is there.
+
+    Raises:
+        ConfigError: it is not; says what to install.
+    """
+    for name, spec in loggers.items():
+        target = spec.get("_target_") if isinstance(spec, dict) else None
+        if isinstance(target, str) and target.startswith(("lightning.", "pytorch_lightning.")):
+            needs = _LOGGER_NEEDS.get(target.rpartition(".")[2], ())
+            if needs and not any(find_spec(package) for package in needs):
+                raise ConfigError(f"logger.{name}", target, f"needs a package more: pip install {needs[0]}")
 
 
 def _check(field: str, target: Any) -> None:

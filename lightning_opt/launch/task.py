@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,39 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_opt.launch.preflight import check_job
 from lightning_opt.launch.resolve import redact, saved_text
 from lightning_opt.plan import ConfigError, tuned
-from lightning_opt.run_folder import claim, config_hash
+from lightning_opt.run_folder import ExitCode, FolderRefused, RunFolder, claim, config_hash
 
 RUNS = Path("runs")
-FAILED, WRONG, INTERRUPTED = 1, 2, 130
-_STOPS = (INTERRUPTED, 143)  # whoever interrupts one job of a sweep means the sweep
+_STOPS = (ExitCode.INTERRUPTED, ExitCode.PREEMPTED)  # whoever interrupts one job of a sweep means the sweep
 
-# Shared with `entry` inside one process: the folder the user named, and each job's exit code.
-named_folder: Path | None = None
-codes: list[int] = []
+# Hydra hands neither anything but a configuration to a job nor a job's answer back, so both pass by here.
+_named_folder: Path | None = None
+_codes: list[int] = []
+
+
+def begin(named_folder: Path | None) -> None:
+    """Gets ready for the jobs of one command.
+
+    Args:
+        named_folder: the run folder the user named, if any.
+    """
+    global _named_folder
+    _named_folder = named_folder
+    _codes.clear()
+
+
+def report(codes: Sequence[int]) -> None:
+    """For a sweeper: the exit codes of all jobs, which may have run in other processes."""
+    _codes[:] = codes
+
+
+def exit_code() -> int:
+    """One exit code for all jobs since `begin`: a job's own where there is one, else 1 before 3 before 0."""
+    if len(_codes) == 1:
+        return int(_codes[0])
+    if any(code not in (ExitCode.FINISHED, ExitCode.DIVERGED) for code in _codes):
+        return int(ExitCode.FAILED)
+    return int(ExitCode.DIVERGED if ExitCode.DIVERGED in _codes else ExitCode.FINISHED)
 
 
 def run_job(cfg: DictConfig) -> int:
@@ -35,7 +60,7 @@ def run_job(cfg: DictConfig) -> int:
         Its exit code.
     """
     code = _guarded(cfg)
-    codes.append(code)
+    _codes.append(code)
     if code in _STOPS:
         raise SystemExit(code)
     return code
@@ -46,12 +71,12 @@ def _guarded(cfg: DictConfig) -> int:
         return _run(cfg)
     except ConfigError as error:
         print(error, file=sys.stderr)
-        return WRONG
+        return ExitCode.CONFIGURATION
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return ExitCode.INTERRUPTED
     except Exception:
         traceback.print_exc()
-        return FAILED
+        return ExitCode.FAILED
 
 
 def _run(cfg: DictConfig) -> int:
@@ -60,12 +85,22 @@ def _run(cfg: DictConfig) -> int:
     root = RUNS
     if hydra.mode == RunMode.MULTIRUN and str(hydra.sweep.dir) != ".":
         root = Path(str(hydra.sweep.dir))
-    folder, _ = claim(root, config["name"], config_hash(config), resume=config["resume"], path=named_folder)
+    folder = _claim(root, config)
     text, overrides, source = saved_text(cfg), redact(OmegaConf.to_container(hydra.overrides.task)), tuned_values(cfg)
 
     from lightning_opt import job  # heavy: only once everything is found right
 
     return job.run(config, folder, overrides=overrides, saved_config=text, instantiate=instantiate, tuned=source)
+
+
+def _claim(root: Path, config: dict[str, Any]) -> RunFolder:
+    field, place = ("hydra.sweep.dir", root) if _named_folder is None else ("hydra.run.dir", _named_folder)
+    try:
+        return claim(root, config["name"], config_hash(config), resume=config["resume"], path=_named_folder)[0]
+    except FolderRefused as error:
+        raise ConfigError(field, str(place), f"must be {error}") from None
+    except OSError as error:
+        raise ConfigError(field, str(place), f"must be a folder we can write to ({error.strerror})") from None
 
 
 def tuned_values(cfg: DictConfig) -> dict[str, Any] | None:
@@ -88,7 +123,15 @@ def _plain(value: Any) -> Any:
 
 
 def instantiate(config: Any, *args: Any, **keywords: Any) -> Any:
-    """Hydra's `instantiate`, with plain lists and dictionaries for whatever it builds."""
+    """Hydra's `instantiate`, with plain lists and dictionaries for whatever it builds.
+
+    Raises:
+        Exception: what the constructor raised, as it raised it: Hydra would wrap a ConfigError beyond recognition.
+    """
+    from hydra.errors import InstantiationException
     from hydra.utils import instantiate as build
 
-    return build(config, *args, _convert_="all", **keywords)
+    try:
+        return build(config, *args, _convert_="all", **keywords)
+    except InstantiationException as error:
+        raise error.__cause__ or error from None

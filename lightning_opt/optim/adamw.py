@@ -37,7 +37,8 @@ class AdamW(Optimizer):
         weight_decay: typical 0.1 for language models.
         max_grad_norm: the gradient is clipped to this norm before the update; None = no clipping.
         weight_decay_mode: ``decoupled``, ``independent`` or ``l2`` (see `Optimizer`; ``l2`` makes it plain Adam).
-        state_dtype: ``float32`` or ``bfloat16``.
+        state_dtype: of the first moment, ``float32`` or ``bfloat16``. The second moment stays float32: a step changes
+            it by (1 - beta2) of itself, which is below half a bfloat16 step, so it would stand still far too low.
         implementation: ``auto``, ``eager``, ``foreach``, ``compiled`` or ``fused``.
 
     Raises:
@@ -99,5 +100,6 @@ RULE = Rule(
     state=("exp_avg", "exp_avg_sq"),
     defaults={"betas": (0.9, 0.999), "eps": 1e-8},
     traffic=28,
+    wide_state=("exp_avg_sq",),
     fused=fused.adamw,
 )

@@ -12,6 +12,8 @@ from lightning_opt import kernels
 from lightning_opt.kernels import Bucket, Choice, Rule
 from lightning_opt.optim.catalogue import find_rule
 from lightning_opt.optim.clipping import Clipping
+from lightning_opt.optim.saved import fitted, plain
+from lightning_opt.optim.storage import bytes_held, local, state_dtypes, warn_of_lost_updates
 from lightning_opt.optim.words import closest
 from lightning_opt.plan import ConfigError, check_value
 
@@ -34,16 +36,23 @@ Hook = Callable[["Optimizer"], None]
 class Optimizer(torch.optim.Optimizer):
     """A torch optimizer whose groups each name the rule that updates them.
 
-    Decay modes, with rate lr (as scheduled), its peak (`initial_lr`, set by schedulers and by `optim.build`) and
-    decay wd:
+    Decay modes, with rate lr (as scheduled), its peak (`initial_lr`: the rate a group was made with) and decay wd:
 
     - ``decoupled``: ``p <- p (1 - lr wd)`` before the rule (torch's AdamW);
     - ``independent``: ``p <- p (1 - lr / peak wd)`` (optimi's ``decouple_lr``; wd is then about 1e-5 to 1e-4);
     - ``l2``: ``g <- g + wd p`` before the rule (torch's Adam and SGD).
 
-    Updates of bfloat16 weights are computed in float32 and rounded to nearest when written. State is made at a
-    parameter's first gradient, in `state_dtype` (float64 for float64 weights); `step` is a Python int. Parameters
-    without gradient are left alone. `max_grad_norm` is applied by `clip_`, and by `step` where nobody called it.
+    Updates of bfloat16 weights are computed in float32 and rounded to nearest when written. A weight that is changed
+    by less than half a bfloat16 step (0.2 to 0.4 % of its size) therefore does not move at all, in any number of
+    updates: at lr 1e-4 most weights of a language model stay where they are. The first step logs a warning where lr is
+    that small; weights kept in float32 (precision bf16-mixed) do not suffer from it.
+
+    State is made at a parameter's first gradient, in `state_dtype`, but for what a rule must keep in float32
+    (`Rule.wide_state`: AdamW's second moment); all of it is float64 for float64 weights. `step` is a Python int.
+    Parameters without gradient are left alone. `max_grad_norm` is applied by `clip_`, and by `step` unless these very
+    gradients were clipped before and not changed since.
+
+    Numbers may be tensors of one element, and `lr` may be 0 (a schedule may start there).
 
     Args:
         params: parameters, named parameters, or groups (each may override any hyperparameter, and `rule`).
@@ -73,6 +82,7 @@ class Optimizer(torch.optim.Optimizer):
         self.__dict__.setdefault("_clipping", Clipping())
         self.__dict__.setdefault("_signals", {})
         self.__dict__.setdefault("_choices", {})
+        self.__dict__.setdefault("_stepped", False)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -96,6 +106,7 @@ class Optimizer(torch.optim.Optimizer):
             raise ValueError("a parameter is listed twice in one group: tied weights are updated once")
         if any(isinstance(p, Tensor) and p.is_complex() for p in plain):
             raise ValueError("complex parameters are not supported: train torch.view_as_real(p) instead")
+        group.setdefault("initial_lr", group["lr"])
         super().add_param_group(group)
         for key in set(self.param_groups[-1]) - set(group) - _ALLOWED:
             del self.param_groups[-1][key]  # torch fills in every default, also those of another rule
@@ -117,9 +128,13 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self._clipping.fresh and any(group["max_grad_norm"] is not None for group in self.param_groups):
+        limited = any(group["max_grad_norm"] is not None for group in self.param_groups)
+        if limited and not self._clipping.holds(self.param_groups):
             self.clip_()
-        self._clipping.fresh = False
+        self._clipping.forget()
+        if not self._stepped:
+            self._stepped = True
+            warn_of_lost_updates(self.param_groups)
         for hook in list(self._before_update):
             hook(self)
         for group in self.param_groups:
@@ -151,8 +166,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _init_state(self, rule: Rule, group: Mapping[str, Any], p: Tensor, state: dict[str, Any]) -> None:
         state["step"] = 0
-        dtype = _state_dtype(group, p)
-        for name in rule.state:
+        for name, dtype in state_dtypes(rule, group, p).items():
             state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
 
     def register_before_update_hook(self, hook: Hook) -> Callable[[], None]:
@@ -229,8 +243,8 @@ class Optimizer(torch.optim.Optimizer):
     def _choice_of(self, group: Mapping[str, Any]) -> Choice:
         rule = find_rule(group["rule"])
         largest = max(group["params"], key=lambda p: p.numel())
-        state = _state_dtype(group, largest)
-        return self._choose(rule, group, largest.device, (largest.dtype, largest.dtype, *[state] * len(rule.state)))
+        states = state_dtypes(rule, group, largest).values()
+        return self._choose(rule, group, largest.device, (largest.dtype, largest.dtype, *states))
 
     @property
     def implementations(self) -> dict[str, str]:
@@ -239,7 +253,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def state_bytes(self) -> int:
         """Bytes of state held now on this process, measured on the tensors (0 before the first step)."""
-        return sum(_bytes_held(state) for state in self.state.values())
+        return sum(bytes_held(state) for state in self.state.values())
 
     def routing_table(self) -> list[dict[str, Any]]:
         """One row per group, in plain types.
@@ -250,9 +264,9 @@ class Optimizer(torch.optim.Optimizer):
         rows = []
         for group in self.param_groups:
             params = group["params"]
-            held = sum(_bytes_held(self.state[p]) for p in params if p in self.state)
-            names = find_rule(group["rule"]).state
-            planned = sum(p.numel() * len(names) * _state_dtype(group, p).itemsize for p in params)
+            held = sum(bytes_held(self.state[p]) for p in params if p in self.state)
+            rule = find_rule(group["rule"])
+            planned = sum(p.numel() * dtype.itemsize for p in params for dtype in state_dtypes(rule, group, p).values())
             rows.append(
                 {
                     "role": group["role"],
@@ -271,17 +285,25 @@ class Optimizer(torch.optim.Optimizer):
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` returned; state keeps the dtype it was saved in.
+        """Loads what `state_dict` returned, or a state of torch.optim.AdamW into our AdamW.
 
-        torch casts floating state to the parameter's dtype, which would round the float32 state of bfloat16 weights.
+        Hyperparameters come from the checkpoint, as in torch, but for `implementation`, `max_grad_norm` and
+        `clip_group`, which stay as this optimizer was built; keys the checkpoint lacks do too.
+
+        Raises:
+            ConfigError: where the checkpoint's groups, rules, roles or states are not this optimizer's.
+            ValueError: where a group holds another number of parameters.
         """
+        state_dict = fitted(state_dict, self.param_groups)
+        saved_ids = [group["params"] for group in state_dict["param_groups"]]
         super().load_state_dict(state_dict)
-        saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for index, p in zip(saved_ids, params, strict=True):
-            for name, value in state_dict["state"].get(index, {}).items():
-                if isinstance(value, Tensor) and self.state[p][name].dtype != value.dtype:
-                    self.state[p][name] = value.to(device=p.device)
+        for group, ids in zip(self.param_groups, saved_ids, strict=True):
+            rule = find_rule(group["rule"])
+            for index, p in zip(ids, group["params"], strict=True):
+                # torch casts state to the parameter's dtype: that would round the float32 state of bfloat16 weights.
+                for name, dtype in state_dtypes(rule, group, p).items() if self.state.get(p) else ():
+                    if self.state[p][name].dtype != dtype:
+                        self.state[p][name] = state_dict["state"][index][name].to(device=p.device, dtype=dtype)
         self._choices.clear()
 
 
@@ -295,7 +317,11 @@ def _checked(spec: Rule, group: Mapping[str, Any]) -> dict[str, Any]:
     """The group with its values checked and in plain types."""
     checked = dict(group)
     for key in (*COMMON, *spec.defaults):
-        checked[key] = check_value(key, group[key], field=f"{spec.name}.{key}")
+        value = plain(group[key])
+        still = key == "lr" and type(value) in (int, float) and value == 0  # only a configuration refuses it
+        checked[key] = 0.0 if still else check_value(key, value, field=f"{spec.name}.{key}")
+    if checked.get("initial_lr") is not None:
+        checked["initial_lr"] = plain(checked["initial_lr"])
     asked, possible = checked["implementation"], kernels.possible(spec)
     if asked != "auto" and asked not in possible:
         raise ConfigError(f"{spec.name}.implementation", asked, f"{spec.name} has auto, {', '.join(possible)}")
@@ -317,12 +343,8 @@ def _decay(group: Mapping[str, Any]) -> tuple[float | None, float | None]:
     if group["weight_decay_mode"] == "l2":
         return None, wd
     if group["weight_decay_mode"] == "independent":
-        return 1 - lr / group.get("initial_lr", lr) * wd if lr else None, None
+        return 1 - lr / (group.get("initial_lr") or lr) * wd if lr else None, None
     return 1 - lr * wd, None
-
-
-def _state_dtype(group: Mapping[str, Any], p: Tensor) -> torch.dtype:
-    return torch.float64 if p.dtype == torch.float64 else getattr(torch, group["state_dtype"])
 
 
 def _local(tensors: list[Tensor]) -> list[Tensor]:
@@ -332,9 +354,4 @@ def _local(tensors: list[Tensor]) -> list[Tensor]:
         return tensors
     if g.placements != p.placements:
         g = g.redistribute(placements=p.placements)
-    return [t.to_local() for t in (p, g, *states)]
-
-
-def _bytes_held(state: Mapping[str, Any]) -> int:
-    tensors = [value for value in state.values() if isinstance(value, Tensor)]
-    return sum(t.to_local().nbytes if hasattr(t, "to_local") else t.nbytes for t in tensors)
+    return [local(t) for t in (p, g, *states)]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import TensorWeakRef
 
 
 class Clipping:
@@ -15,18 +16,16 @@ class Clipping:
     Attributes:
         total: norm of all gradients before the last clip, or None.
         by_role: the same per role.
-        fresh: gradients were clipped since the last step.
     """
 
     def __init__(self) -> None:
         self.total: Tensor | None = None
         self.by_role: dict[str, Tensor] = {}
-        self.fresh = False
+        self._clipped: list[tuple[TensorWeakRef, int]] = []  # gradients and the versions the clip left them in
 
     def clip(self, groups: list[dict[str, Any]]) -> Tensor:
         """Clips each set of groups that share a limit and a `clip_group`; returns the norm of all before that."""
-        rows = [(group, p.grad) for group in groups for p in group["params"] if p.grad is not None]
-        self.fresh = True
+        rows = _rows(groups)
         if not rows:
             self.total, self.by_role = torch.zeros(()), {}
             return self.total
@@ -41,7 +40,24 @@ class Clipping:
         for (limit, _), members in sets.items():
             joint = self.total if len(members) == len(rows) else _joint([norm for _, norm in members])
             _scale([grad for grad, _ in members], joint, limit)
+        self._clipped = [(TensorWeakRef(grad), grad._version) for _, grad in rows]
         return self.total
+
+    def holds(self, groups: list[dict[str, Any]]) -> bool:
+        """Whether the gradients are those that the last clip left: the same tensors, not written since (host only)."""
+        grads = [grad for _, grad in _rows(groups)]
+        return len(grads) == len(self._clipped) > 0 and all(
+            seen() is grad and version == grad._version
+            for grad, (seen, version) in zip(grads, self._clipped, strict=True)
+        )
+
+    def forget(self) -> None:
+        """The next step clips again, even the same gradients: a CUDA graph may refill them unseen."""
+        self._clipped = []
+
+
+def _rows(groups: list[dict[str, Any]]) -> list[tuple[dict[str, Any], Tensor]]:
+    return [(group, p.grad) for group in groups for p in group["params"] if p.grad is not None]
 
 
 def _norms(grads: list[Tensor]) -> list[Tensor]:

@@ -35,7 +35,7 @@ class Lion(Optimizer):
         weight_decay: typical 0.1 to 1.
         max_grad_norm: the gradient is clipped to this norm before the update; None = no clipping.
         weight_decay_mode: ``decoupled``, ``independent`` or ``l2`` (see `Optimizer`).
-        state_dtype: ``float32`` or ``bfloat16``.
+        state_dtype: of the momentum, ``float32`` or ``bfloat16`` (the paper trains with it).
         implementation: ``auto``, ``eager``, ``foreach`` or ``compiled``.
 
     Raises:

@@ -6,7 +6,8 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "values": ["ConfigError", "Rule", "RULES", "check_value", "rule_for"],
-        "checks": ["RunPlan", "check"],
+        "checks": ["RunPlan", "check", "data_config", "is_hub_id", "normalised"],
+        "words": ["closest", "one_of"],
         "lengths": ["steps_for_epochs"],
         "flops": ["flops_per_token"],
         "records": ["TunedRecord", "tuned", "tuned_records"],

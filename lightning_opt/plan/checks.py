@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
+import json
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,10 @@ from lightning_opt.plan.lengths import (
     token_budget,
 )
 from lightning_opt.plan.values import ConfigError, check_value, rule_for
+from lightning_opt.plan.words import closest, one_of
 
 ROLES = ("default", "matrix", "expert", "embedding", "head", "norm", "bias", "router", "other")
-_NO_RULE_BELOW = ("callbacks", "logger", "data.weights")  # other people's keywords
+_NO_RULE_BELOW = ("callbacks.", "logger.")  # other people's keywords
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class RunPlan:
 
 
 def check(config: dict[str, Any], *, sequences: int | None = None) -> RunPlan:
-    """Checks every value and the values against each other; nothing is changed.
+    """Checks every value and the values against each other; `config` itself is not changed.
 
     Args:
         config: the resolved configuration, a plain dict.
@@ -62,34 +62,44 @@ def check(config: dict[str, Any], *, sequences: int | None = None) -> RunPlan:
     Raises:
         ConfigError: the first problem found.
     """
-    for path, value in _leaves(config):
-        if rule_for(path) is not None and not path.startswith(_NO_RULE_BELOW):
-            check_value(path, value)
+    config = normalised(config)
     _check_name(config["name"])
     _check_model(config["model"])
     _check_roles(config["optimizer"])
     _check_data(config["data"], config["model"])
+    _check_devices(config["trainer"])
     return _plan(config, sequences)
 
 
-def _leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        path = f"{prefix}{key}"
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{path}.")
-        else:
-            yield path, value
+def normalised(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A copy with every value in the one type its rule gives it (`2.0` steps are `2`), plain types only.
+
+    Raises:
+        ConfigError: a value breaks its rule.
+    """
+    return {key: _normalised(value, f"{prefix}{key}") for key, value in config.items()}
 
 
-def closest(word: str, known: Any) -> str:
-    """The known word most like `word`, or an empty string."""
-    return next(iter(difflib.get_close_matches(str(word), [str(name) for name in known], n=1, cutoff=0.5)), "")
+def _normalised(value: Any, path: str) -> Any:
+    if isinstance(value, dict):
+        return normalised(value, f"{path}.")
+    if path.startswith(_NO_RULE_BELOW) or rule_for(path) is None:
+        return value
+    right = check_value(path, value)
+    return list(right) if isinstance(right, tuple) else right
 
 
-def one_of(word: str, known: Any) -> str:
-    """The end of a sentence that names the closest known word and all of them."""
-    names, near = sorted(str(name) for name in known), closest(word, known)
-    return f"must be one of {', '.join(names)}" + (f"; did you mean {near}?" if near else "")
+def data_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The `data` part as a run uses it: a model that brings its tokenizer is trained with it."""
+    path, tokenizer = config["model"].get("path"), config["data"].get("tokenizer") or {}
+    if not path or tokenizer.get("path"):
+        return config["data"]
+    return {**config["data"], "tokenizer": {**tokenizer, "path": path}}
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether this reads as `organisation/name` on the Hugging Face hub: no file, and no folder of that name here."""
+    return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+(?<!\.json)", path)) and not Path(path.partition("/")[0]).exists()
 
 
 def _check_name(name: Any) -> None:
@@ -116,8 +126,24 @@ def _check_model(model: dict[str, Any]) -> None:
     path = model.get("path")
     if "path" in model and not path:
         raise ConfigError("model.path", path, "must name a folder with a Hugging Face model, or a hub id")
-    if path and not Path(path).is_dir() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):  # org/name is a hub id
-        raise ConfigError("model.path", path, f"not found{_near_path(Path(path))}")
+    if path and not is_hub_id(path):
+        _check_model_folder(model)
+
+
+def _check_model_folder(model: dict[str, Any]) -> None:
+    folder = Path(model["path"])
+    if not folder.is_dir():
+        raise ConfigError("model.path", model["path"], f"not found{_near_path(folder)}")
+    try:
+        own = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        longest = own.get("text_config", own).get("max_position_embeddings")
+    except (OSError, ValueError, AttributeError):
+        raise ConfigError(
+            "model.path", model["path"], "must hold a Hugging Face model: config.json is missing or unreadable"
+        ) from None
+    length = model.get("context_length")
+    if isinstance(longest, int) and length and length > longest:
+        raise ConfigError("model.context_length", length, f"must be at most {longest}, what the model was made for")
 
 
 def _divisors_near(number: int, wish: int) -> list[int]:
@@ -146,20 +172,21 @@ def _check_data(data: dict[str, Any], model: dict[str, Any]) -> None:
         if not Path(path).exists():
             raise ConfigError("data.path", path, f"not found{_near_path(Path(path))}")
     tokenizer = (data.get("tokenizer") or {}).get("path")
-    if tokenizer is not None and not Path(tokenizer).exists():
+    if tokenizer is not None and not Path(tokenizer).exists() and not is_hub_id(tokenizer):
         raise ConfigError("data.tokenizer.path", tokenizer, f"not found{_near_path(Path(tokenizer))}")
-    weights = data.get("weights")
-    if isinstance(weights, str) and weights != "study":
-        raise ConfigError("data.weights", weights, "must be null (equal), study, or a map of corpus to weight")
-    if isinstance(weights, dict):
-        for corpus, weight in weights.items():
-            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
-                raise ConfigError(f"data.weights.{corpus}", weight, "must be a number >= 0")
-        if not sum(weights.values()) > 0:
-            raise ConfigError("data.weights", weights, "must have at least one weight > 0")
     length, context = data.get("sequence_length"), model.get("context_length")
     if length and context and length > context:
         raise ConfigError("data.sequence_length", length, f"must be at most model.context_length = {context}")
+
+
+def _check_devices(trainer: dict[str, Any]) -> None:
+    for field in ("devices", "num_nodes"):
+        if trainer[field] > 1:
+            raise ConfigError(
+                f"trainer.{field}",
+                trainer[field],
+                "must be 1: more than one device comes with distributed training (not yet supported by this version)",
+            )
 
 
 def _near_path(path: Path) -> str:

@@ -70,11 +70,24 @@ def token_budget(config: dict[str, Any]) -> int | None:
     trainer, scale = config["trainer"], config["scale"]
     given = [key for key in _LENGTHS if trainer.get(key) is not None]
     if len(given) > 1:
-        raise ConfigError(f"trainer.{given[1]}", trainer[given[1]], f"contradicts trainer.{given[0]}: give one length")
+        first, second = (f"trainer.{key}" for key in given[:2])
+        raise ConfigError(
+            second,
+            trainer[given[1]],
+            f"contradicts {first} = {trainer[given[0]]}: give one length, with {first}=null or {second}=null beside it",
+        )
     chinchilla = scale.get("chinchilla")
+    if chinchilla is not None and scale.get("tokens") is not None:
+        raise ConfigError(
+            "scale.tokens",
+            scale["tokens"],
+            f"contradicts scale.chinchilla = {chinchilla}: give one length, and null for the other",
+        )
     if given and chinchilla is not None:
         raise ConfigError(
-            f"trainer.{given[0]}", trainer[given[0]], f"contradicts scale={scale['name']}: give one length, not two"
+            f"trainer.{given[0]}",
+            trainer[given[0]],
+            f"contradicts scale={scale['name']}: give one length, not two; scale=demo leaves it to trainer.{given[0]}",
         )
     if given:
         return None

@@ -128,7 +128,7 @@ class Rule:
             if None not in items and (not self.length or len(items) == self.length):
                 result = tuple(items)
         elif self.kind == "warmup":
-            result = _warmup(value)
+            result = None if self.low_open and value == 0 else _warmup(value)
         if result is None:
             raise ValueError(self.describe())
         return result
@@ -160,6 +160,7 @@ def _choice(*choices: str, **more: Any) -> Rule:
 
 
 _FRACTION = {"low": 0, "high": 1, "high_open": True}
+SMALLEST_VOCABULARY = 257
 
 RULES: dict[str, Rule] = {
     # optimizer (the last part of the name is enough, so roles and constructors obey them too)
@@ -183,12 +184,14 @@ RULES: dict[str, Rule] = {
     ),
     "min_ratio": _number(0, 1, hint="share of the peak rate left at the end"),
     "decay": Rule(
-        "warmup", expected="must be a fraction of the run (> 0 and < 1) or a whole number of steps (>= 1); typical 0.2"
+        "warmup",
+        low_open=True,
+        expected="must be a fraction of the run (> 0 and < 1) or a whole number of steps (>= 1); typical 0.2",
     ),
     # how long
     "max_steps": _count(none="what scale says"),
     "max_tokens": _count(none="what scale says", hint="for example 1.6e6"),
-    "max_epochs": _positive("1 = every training sequence once", none="what scale says"),
+    "max_epochs": _positive("1 = as many sequences as the corpora hold together", none="what scale says"),
     "scale.tokens": _count(none="20 tokens per non-embedding parameter times scale.chinchilla"),
     "scale.chinchilla": _positive("1 = 20 tokens per non-embedding parameter", none="scale.tokens"),
     # trainer
@@ -199,12 +202,12 @@ RULES: dict[str, Rule] = {
     "accelerator": _choice("auto", "cpu", "gpu", "cuda", "mps"),
     "trainer.devices": _count(hint="per node"),
     "num_nodes": _count(),
-    "strategy": Rule("str"),
+    "strategy": _choice("auto", "ddp"),
     "precision": _choice("auto", "32-true", "bf16-mixed", "bf16-true"),
     "compile": Rule("bool"),
     "log_every_n_steps": _count(),
     "val_every_n_steps": _count(none="4 times over the run"),
-    "val_batches": _count(0, "batches per corpus, 0 = no validation"),
+    "val_sequences": _count(0, "sequences per corpus, 0 = no validation"),
     "num_threads": _count(none="torch's own choice"),
     "deterministic": Rule("bool"),
     "overfit_batches": _count(0, "0 = off"),
@@ -215,7 +218,7 @@ RULES: dict[str, Rule] = {
     "num_heads": _count(),
     "num_kv_heads": _count(none="as many as num_heads"),
     "intermediate_size": _count(),
-    "vocab_size": _count(16, none="the tokenizer's own"),
+    "vocab_size": _count(SMALLEST_VOCABULARY, "256 bytes and the end of text", none="the tokenizer's own"),
     "context_length": _count(8),
     "tie_embeddings": Rule("bool"),
     "qk_norm": Rule("bool"),
@@ -231,17 +234,23 @@ RULES: dict[str, Rule] = {
     # data
     "source": _choice("embedded", "files", "prepared"),
     "sequence_length": _count(8, "tokens"),
-    "val_fraction": _number(0, 1, low_open=True, high_open=True, hint="typical 0.02"),
+    "data.weights.*": _number(0, hint="the corpus's share beside the others, 0 leaves it out"),
+    "val_fraction": _number(0, 0.5, low_open=True, hint="typical 0.02"),
     "num_workers": _count(0),
     # evaluation
     "suite": _choice("mini", "full", "none"),
-    "evaluation.limit": _positive("documents per task", none="all"),
+    "evaluation.limit": _count(hint="documents per task", none="all"),
     "evaluation.batch_size": _count(),
 }
 
 
 def rule_for(name: str) -> Rule | None:
-    """The rule of a field by its full dotted name, else by its last part; None where no rule is known."""
+    """The rule of a field by its full dotted name, else by its last part; None where no rule is known.
+
+    What a user names himself obeys the rule of its map: `data.weights.web` that of `data.weights.*`.
+    """
+    if name.startswith("data.weights."):
+        return RULES["data.weights.*"]
     return RULES.get(name) or RULES.get(name.rpartition(".")[2])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -12,26 +13,24 @@ from lightning_opt.reports import findings, settings, tables
 from lightning_opt.reports import quantities as q
 from lightning_opt.reports.commands import shown_path
 from lightning_opt.reports.reading import Run
-from lightning_opt.reports.scores import Score, comparable, suite
+from lightning_opt.reports.scores import Score, comparability
 
 
 def content(run: Run, entries: Sequence[Score]) -> dict[str, Any]:
     """Everything the card's template shows."""
-    named, fair = suite(run), comparable(run)
     return {
         "header": yaml.safe_dump(header(run, entries), sort_keys=False, allow_unicode=True, width=110).rstrip(),
         "title": run.name,
-        "alarm": findings.alarm(run),
-        "verdict": findings.verdict(run, entries, named, fair),
+        "alarm": findings.alarm(run, entries),
+        "verdict": findings.verdict(run, entries),
         "facts": _facts(run),
         "corpora": tables.corpora(run),
         "routing": tables.routing(run),
         "tuned": settings.tuned(run),
-        "tuned_source": run.part("plan", "tuned").get("source"),
-        "scores": tables.scores(entries, named, fair),
-        "suite": named,
-        "comparable": fair,
-        "limits": _limits(run, entries, named, fair),
+        "tuned_words": settings.tuned_words(run),
+        "scores": tables.scores(entries),
+        "comparability": comparability(entries),
+        "limits": _limits(run, entries),
         "path": f"{shown_path(run.folder)}/model",
         "has_model": (run.folder / "model").is_dir(),
     }
@@ -49,13 +48,19 @@ def header(run: Run, entries: Sequence[Score]) -> dict[str, Any]:
             str(run.asked("optimizer.name") or run.summary.get("optimizer") or "unknown"),
         ],
     }
-    base = run.asked("model.path")
-    if isinstance(base, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", base):
+    base = _origin(run)
+    if base and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base) and not Path(base).exists():  # the shape of a hub id
         found["base_model"] = base
-    measured = [entry for entry in entries if entry.value is not None]
-    if measured and comparable(run):  # scores of our own mini sets would be read as those of the real ones
+    measured = [entry for entry in entries if entry.counts and entry.comparable]
+    if measured:  # any other would be read as a score of the real set
         found["model-index"] = [{"name": name, "results": [_result(entry) for entry in measured]}]
     return found
+
+
+def _origin(run: Run) -> str | None:
+    """Path or hub id of the model whose weights the run went on from; None for a new model."""
+    path = run.asked("model.path")
+    return path if isinstance(path, str) and path else None
 
 
 def _result(entry: Score) -> dict[str, Any]:
@@ -88,6 +93,7 @@ def _facts(run: Run) -> tuple[tuple[str, str], ...]:
     used = f"{q.integer(plan.get('devices'))} × {q.text(device)}, {q.duration(summary.get('seconds'))}{_flops(run)}"
     return (
         ("model", findings.model_name(run)),
+        *([("continued from", base)] if (base := _origin(run)) else []),
         ("parameters", f"{q.integer(summary.get('params_total'))} ({without} without embedding)"),
         ("context", f"{q.integer(plan.get('sequence_length'))} tokens"),
         ("tokenizer", kind + (f", SHA-256 {sha}" if sha else "")),
@@ -118,14 +124,20 @@ def _validation(run: Run) -> str:
     return f"{q.number(loss)} nats per token (perplexity {q.number(run.summary.get('val_perplexity'))}{more})"
 
 
-def _limits(run: Run, entries: Sequence[Score], named: str | None, fair: bool) -> tuple[str, ...]:
-    limits = list(findings.notes(run, entries, named, fair))
+def _limits(run: Run, entries: Sequence[Score]) -> tuple[str, ...]:
+    limits = list(findings.notes(run, entries))
     tokens, size = q.finite(run.summary.get("tokens")), q.finite(run.summary.get("params_non_embedding"))
-    if tokens is not None and size:
+    if tokens is not None and size and not _origin(run):
         limits.append(
             f"Trained on {q.number(tokens / size, 3)} tokens per parameter outside the embedding "
             "(20 are usual for a compute-optimal model, Hoffmann et al. 2022)."
         )
-    limits.append("Pretrained on raw text only: not tuned to follow instructions, not filtered or tested for safety.")
+    if base := _origin(run):
+        limits.append(
+            f"Continued from {base}: what that model was trained on, and its licence and limits, are not in this card. "
+            "This run added raw text only, and was not filtered or tested for safety."
+        )
+    else:
+        limits.append("Pretrained on raw text only: not tuned for instructions, not filtered or tested for safety.")
     limits.append("Licence: not declared here. The terms of the training data apply; state one before publishing.")
     return tuple(limits)

@@ -21,7 +21,7 @@ def shown_path(folder: Path) -> str:
 def next_commands(run: Run) -> tuple[tuple[str, str], ...]:
     """Pairs of what it does and the command.
 
-    A secret that was on the command line is not repeated: its place says so and has to be filled in.
+    Where it is not known what was asked, no command claims to repeat it. A secret that was on the command line is not repeated: its place says so and has to be filled in.
     """
     path = shlex.quote(shown_path(run.folder))
     again = "Train again with the same configuration and seed"
@@ -32,12 +32,11 @@ def next_commands(run: Run) -> tuple[tuple[str, str], ...]:
     overrides = list(run.overrides)
     if run.state == "DIVERGED":
         overrides = [*_without(overrides, r"optimizer\.lr_scale"), f"optimizer.lr_scale={_half_scale(run):g}"]
-    return (
-        (again, _command(["python", "train.py", *overrides])),
-        ("Score the trained model on the real test sets", f"python -m recipes.evaluate {path} --suite full"),
-        ("Compare with another optimizer on the same data and tokens", _compare(run)),
-        ("Draw this report again", f"python -m recipes.report {path}"),
-    )
+    train = (again, _command(["python", "train.py", *overrides]))
+    score = ("Score the trained model on the real test sets", f"python -m recipes.evaluate {path} --suite full")
+    compare = ("Compare with another optimizer on the same data and tokens", _compare(run))
+    draw = ("Draw this report again", f"python -m recipes.report {path}")
+    return (score, draw) if run.lacks("overrides.txt") else (train, score, compare, draw)
 
 
 def _compare(run: Run) -> str:

@@ -10,7 +10,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from lightning_opt.reports.canvas import Figure, Legend, Sheet, sheet, tick
 from lightning_opt.reports.quantities import integer, milliseconds, number, percent, short, size, trimmed
 from lightning_opt.reports.reading import Series
-from lightning_opt.reports.scores import Score
+from lightning_opt.reports.scores import Score, comparability, listed
 from lightning_opt.reports.series import smooth, sparkline, thin
 from lightning_opt.reports.style import STEP_PARTS, corpus_colour, hexadecimal, role_colour
 
@@ -280,9 +280,9 @@ def by_third(
         return Figure(key, title, page.svg(f"{title}. {caption}"), caption, legend, CURVE_HEADER, rows)
 
 
-def scores(key: str, entries: Sequence[Score], comparable: bool) -> Figure:
+def scores(key: str, entries: Sequence[Score]) -> Figure:
     """Scores as dots with two standard errors each way, and chance as a tick."""
-    shown = [entry for entry in entries if entry.value is not None]
+    shown = [entry for entry in entries if entry.counts]
     colours = {"above": "good", "below": "bad", "same": "muted", "unknown": "muted"}
     with sheet(key, left=108, right=72) as page:
         axes = page.axes
@@ -304,8 +304,11 @@ def scores(key: str, entries: Sequence[Score], comparable: bool) -> Figure:
         axes.set_xlim(0, min(1.0, max(0.5, 0.1 * (int(10 * top) + 1))))
         axes.grid(visible=True, axis="x")
         axes.grid(visible=False, axis="y")
-        page.label("score", "" if comparable else "mini sets, not comparable with published numbers")
-        caption = "Bars reach two standard errors each way. A bar that touches its tick cannot be told from guessing."
+        page.label("score", "")
+        caption = "Bars reach two standard errors each way. A bar that touches its tick cannot be told from guessing"
+        certain = [entry.title for entry in shown if entry.chance == 0]
+        caption += f", but for {listed(certain)}: guessing scores exactly 0 there." if certain else "."
+        caption = f"{caption} {comparability(shown)}"
         legend = (Legend("better than chance", "good", "dot"), Legend("no difference shown", "muted", "dot"))
         if any(entry.judgement == "below" for entry in shown):
             legend = (*legend, Legend("worse than chance", "bad", "dot"))

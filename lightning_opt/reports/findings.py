@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lightning_opt.reports import quantities as q
 from lightning_opt.reports.reading import Run
-from lightning_opt.reports.scores import Score
+from lightning_opt.reports.scores import Score, comparability, listed
 
 _SUBWORDS = {"adamw": "AdamW", "lion": "Lion", "muon": "Muon", "soap": "SOAP", "mars": "Mars", "scion": "Scion"}
 
@@ -45,8 +45,19 @@ def data_name(run: Run) -> str:
     return str(_plain(run.summary.get("data")) or run.asked("data.name") or "unnamed data")
 
 
-def alarm(run: Run) -> str:
-    """What must be said first: that and why the run did not end as planned. Empty for a finished run."""
+def alarm(run: Run, entries: Sequence[Score]) -> str:
+    """What must be said first: that and why the run did not end as planned, or that a score is none. Else empty."""
+    broken = [entry.title for entry in entries if entry.judgement == "broken"]
+    said = [_ending(run)]
+    if broken:
+        said.append(
+            f"{listed(broken)}: every choice of every item got the same likelihood, so the model or the scorer is "
+            "broken and the number is no score."
+        )
+    return " ".join(filter(None, said))
+
+
+def _ending(run: Run) -> str:
     step = run.status.get("step") or run.summary.get("steps")
     planned = run.plan.get("max_steps")
     where = ""
@@ -65,7 +76,7 @@ def alarm(run: Run) -> str:
     return text if not text or text.endswith(".") else f"{text}."
 
 
-def verdict(run: Run, entries: Sequence[Score], suite: str | None, comparable: bool) -> str:
+def verdict(run: Run, entries: Sequence[Score]) -> str:
     """The run in one sentence with its figures, and one more with the scores."""
     summary = run.summary
     loss = q.finite(summary.get("val_loss"))
@@ -86,14 +97,13 @@ def verdict(run: Run, entries: Sequence[Score], suite: str | None, comparable: b
         sentence += f", at {q.short(speed)} tokens per second per device"
     if share is not None:
         sentence += f"{' with' if speed is not None else ','} {q.percent(share)} of each step spent in the optimizer"
-    scored = [_score_words(entry, suite, comparable) for entry in entries if entry.value is not None]
+    scored = [_score_words(entry) for entry in entries if entry.counts]
     return f"{sentence}." + (f" {'; '.join(scored)}." if scored else "")
 
 
-def _score_words(entry: Score, suite: str | None, comparable: bool) -> str:
-    kind = "" if comparable or suite is None else f" ({suite})"
+def _score_words(entry: Score) -> str:
     chance = "" if entry.chance is None else f" (chance {q.trimmed(entry.chance, 3)})"
-    return f"{entry.title}{kind} {entry.measured}{chance}"
+    return f"{entry.label} {entry.measured}{chance}"
 
 
 def _against_unigram(run: Run) -> str:
@@ -115,7 +125,7 @@ def _below_unigram(run: Run) -> tuple[list[str], list[str]]:
     return [name for name in compared if losses[name] < (entropy[name] or 0)], compared
 
 
-def cards(run: Run, entries: Sequence[Score], suite: str | None) -> tuple[Card, ...]:
+def cards(run: Run, entries: Sequence[Score]) -> tuple[Card, ...]:
     """The key figures of the header."""
     summary = run.summary
     perplexity, bits = summary.get("val_perplexity"), summary.get("val_bits_per_byte")
@@ -151,24 +161,18 @@ def cards(run: Run, entries: Sequence[Score], suite: str | None) -> tuple[Card, 
             _joined(("", f"{q.integer(summary.get('steps'))} steps"), ("", q.duration(summary.get("seconds")))),
         ),
     ]
-    best = max(
-        (entry for entry in entries if entry.value is not None), key=lambda entry: entry.distance or -9e9, default=None
-    )
-    if best is not None:
-        tone = {"above": "good", "below": "bad"}.get(best.judgement, "")
-        chance = "" if best.chance is None else f", chance {q.trimmed(best.chance, 3)}"
-        kind = "" if suite in (None, "full") else f" ({suite})"
-        shown.append(Card(f"{best.title}{kind}", best.measured.split(" ±")[0], _error_words(best) + chance, tone))
-    else:
-        shown.append(Card("scores", q.NOT_MEASURED, "no task was scored"))
-    return tuple(shown)
+    scored = [_score_card(entry) for entry in entries if entry.counts]
+    return (*shown, *(scored or [Card("scores", q.NOT_MEASURED, "no task was scored")]))
 
 
-def _error_words(entry: Score) -> str:
-    return f"± {entry.measured.split('± ')[1]}" if "±" in entry.measured else "no standard error"
+def _score_card(entry: Score) -> Card:
+    value, _, error = entry.measured.partition(" ± ")
+    chance = "" if entry.chance is None else f", chance {q.trimmed(entry.chance, 3)}"
+    tone = {"above": "good", "below": "bad"}.get(entry.judgement, "")
+    return Card(entry.label, value, (f"± {error}" if error else "no standard error") + chance, tone)
 
 
-def notes(run: Run, entries: Sequence[Score], suite: str | None, comparable: bool) -> tuple[str, ...]:
+def notes(run: Run, entries: Sequence[Score]) -> tuple[str, ...]:
     """What the figures show, and what they do not."""
     found = []
     below, compared = _below_unigram(run)
@@ -179,15 +183,14 @@ def notes(run: Run, entries: Sequence[Score], suite: str | None, comparable: boo
         )
     same = [entry.title for entry in entries if entry.judgement == "same"]
     if same:
-        found.append(f"{_listed(same)}: no difference from chance at two standard errors, so no ability is shown.")
+        found.append(f"{listed(same)}: no difference from chance, so no ability is shown.")
     worse = [entry.title for entry in entries if entry.judgement == "below"]
     if worse:
         found.append(
-            f"{_listed(worse)}: below chance by more than two standard errors; look at the answers before the model."
+            f"{listed(worse)}: below chance by more than two standard errors; look at the answers before the model."
         )
-    if suite is not None and not comparable and any(entry.value is not None for entry in entries):
-        why = "sets are small and our own" if suite == "mini" else "sets were not scored on every item"
-        found.append(f"The {suite} {why}: these scores are not comparable with published numbers.")
+    if any(entry.counts and not entry.comparable for entry in entries):
+        found.append(f"Scores of the suite {comparability(entries)}")
     found.append(
         "One run with one seed (n = 1): it has no spread, so a small difference from another run means nothing."
     )
@@ -198,10 +201,6 @@ def notes(run: Run, entries: Sequence[Score], suite: str | None, comparable: boo
     if run.env.get("git_dirty") is True:
         found.append("The code had uncommitted changes: the commit alone does not reproduce this run.")
     return tuple(found)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _joined(*pairs: tuple[str, str]) -> str:

@@ -18,7 +18,7 @@ from lightning_opt.reports import quantities as q
 from lightning_opt.reports.canvas import Figure
 from lightning_opt.reports.commands import next_commands
 from lightning_opt.reports.reading import Run, read
-from lightning_opt.reports.scores import Score, comparable, scores, suite
+from lightning_opt.reports.scores import Score, comparability, scores, suite
 from lightning_opt.reports.tables import Table
 from lightning_opt.run_folder import RunFolder
 from lightning_opt.run_folder.records import write_text
@@ -72,10 +72,9 @@ def write(folder: Path) -> None:
 def report(run: Run) -> dict[str, Any]:
     """Everything the templates show of a run, as plain data."""
     entries = guarded("scores", lambda: scores(run), [])
-    named, fair = suite(run), comparable(run)
     parts: list[tuple[str, Callable[[], Section]]] = [
         ("loss", lambda: _loss(run)),
-        ("scores", lambda: _scores(run, entries, named, fair)),
+        ("scores", lambda: _scores(run, entries)),
         ("speed", lambda: _speed(run)),
         ("stability", lambda: _stability(run)),
         ("configuration", lambda: _configuration(run)),
@@ -88,12 +87,11 @@ def report(run: Run) -> dict[str, Any]:
         "tone": style.STATES.get(run.state, "muted"),
         "subtitle": f"{findings.optimizer_name(run)} · {findings.model_name(run)} · {findings.data_name(run)}",
         "folder": run.folder.resolve().name,
-        "alarm": findings.alarm(run),
-        "verdict": guarded(
-            "verdict", lambda: findings.verdict(run, entries, named, fair), "No verdict could be drawn."
-        ),
-        "cards": guarded("cards", lambda: findings.cards(run, entries, named), ()),
-        "notes": guarded("notes", lambda: findings.notes(run, entries, named, fair), ()),
+        "alarm_tone": style.STATES.get(run.state, "muted") if run.state != "FINISHED" else "bad",
+        "alarm": findings.alarm(run, entries),
+        "verdict": guarded("verdict", lambda: findings.verdict(run, entries), "No verdict could be drawn."),
+        "cards": guarded("cards", lambda: findings.cards(run, entries), ()),
+        "notes": guarded("notes", lambda: findings.notes(run, entries), ()),
         "sections": [guarded(key, make, Section(key, key.capitalize(), _BROKEN)) for key, make in parts],
         "commands": guarded("commands", lambda: next_commands(run), ()),
         "missing": run.missing,
@@ -160,19 +158,13 @@ def _loss(run: Run) -> Section:
     return Section("loss", "Loss", intro, tuple(drawn), shown)
 
 
-def _scores(run: Run, entries: list[Score], named: str | None, fair: bool) -> Section:
-    if named is None and not any(entry.value is not None for entry in entries):
+def _scores(run: Run, entries: list[Score]) -> Section:
+    if suite(run) is None and not any(entry.value is not None for entry in entries):
         off = run.asked("evaluation.suite") == "none" or run.part("summary", "evaluation").get("suite") == "none"
         reason = "evaluation was turned off" if off else "no results in the folder"
         return Section("scores", "Scores", f"Scores: {q.NOT_MEASURED} ({reason}).")
-    drawn = (figures.scores("score-dots", entries, fair),) if any(e.value is not None for e in entries) else ()
-    if named == "mini":
-        intro = "mini: not comparable with published numbers. Small sets of our own, in the formats of the real ones."
-    elif fair:
-        intro = f"{named}: lm-eval's own tasks, on every item."
-    else:
-        intro = f"{named or 'suite not named'}: not comparable with published numbers, since not every item was scored."
-    return Section("scores", "Scores", intro, drawn, (tables.scores(entries, named, fair),))
+    drawn = (figures.scores("score-dots", entries),) if any(entry.counts for entry in entries) else ()
+    return Section("scores", "Scores", comparability(entries), drawn, (tables.scores(entries),))
 
 
 def _speed(run: Run) -> Section:
@@ -222,6 +214,12 @@ def _split(run: Run) -> tuple[list[float], dict[str, list[float]]] | None:
     return steps, {**parts, "other" if "forward + backward" in known else "forward, backward and other": rest}
 
 
+_VOLATILITY = (
+    "How much the training loss wobbles, and falls: the rolling deviation holds the trend too, so where the loss falls "
+    "fast, mostly in the first third, it overstates the wobble."
+)
+
+
 def _stability(run: Run) -> Section:
     drawn = []
     norm, by_role = run.series("grad_norm"), run.family("grad_norm")
@@ -233,7 +231,7 @@ def _stability(run: Run) -> Section:
         drawn.append(figures.norms_by_role("gradient-roles", "Gradient norm by role", label, caption, by_role))
     shown = (
         ("grad_norm_change", "Change of the gradient norm", "relative change per step", "How much the norm jumps."),
-        ("loss_volatility", "Loss volatility", "rolling std / mean of the loss", "How much the training loss wobbles."),
+        ("loss_volatility", "Loss volatility", "rolling std / mean of the loss", _VOLATILITY),
     )
     for column, title, label, caption in shown:
         series = run.series(column)
@@ -252,23 +250,24 @@ def _stability(run: Run) -> Section:
 
 def _configuration(run: Run) -> Section:
     tuned = settings.tuned(run)
-    source = run.part("plan", "tuned").get("source")
-    asked = (
-        f"Asked on the command line: {', '.join(run.overrides)}."
-        if run.overrides
-        else "Nothing was asked beyond the defaults."
-    )
-    told = f" Tuned values from: {source}." if source else " No tuned values were used: the optimizer's defaults."
+    if run.overrides:
+        asked = f"Asked on the command line: {', '.join(run.overrides)}."
+    elif run.lacks("overrides.txt"):
+        asked = "What was asked on the command line is not known."
+    else:
+        asked = "Nothing was asked beyond the defaults."
     shown = tuple(table for table in (tables.routing(run), settings.settings(run), tuned) if table.rows)
     if not run.config and not run.plan:
         return Section("configuration", "Configuration", f"Configuration: not in this folder. {asked}")
     text = settings.full_configuration(run)
     details = (("The whole configuration (config.yaml)", text),) if text else ()
-    return Section("configuration", "Configuration", asked + (told if run.plan else ""), (), shown, details)
+    return Section("configuration", "Configuration", f"{asked} {settings.tuned_words(run)}", (), shown, details)
 
 
 def _events(run: Run) -> Section:
     table = tables.events(run)
+    if run.lacks("events.jsonl (unreadable)"):
+        return Section("events", "Events", "Not known: events.jsonl cannot be read.")
     if not table.rows:
         return Section("events", "Events", "None: no step was skipped and no alarm was raised.")
     return Section("events", "Events", "", (), (table,))

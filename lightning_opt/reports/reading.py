@@ -36,7 +36,7 @@ class Run:
         metrics: columns of ``metrics.csv``; None where a cell is empty.
         events: lines of ``events.jsonl``.
         results: ``evaluation/results.json``, lm-eval's own format.
-        missing: names of the files that are not there or cannot be read.
+        missing: names of the files that are not there or, then marked ``(unreadable)``, cannot be read.
     """
 
     folder: Path
@@ -50,6 +50,10 @@ class Run:
     events: list[dict[str, Any]] = field(default_factory=list)
     results: dict[str, Any] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
+
+    def lacks(self, name: str) -> bool:
+        """Whether the file is among the missing."""
+        return name in {*self.missing, *(missing.removesuffix(" (unreadable)") for missing in self.missing)}
 
     @property
     def name(self) -> str:
@@ -133,18 +137,25 @@ def read(folder: Path) -> Run:
         "env": take(paths.env, read_json, dict),
         "status": take(paths.status, read_json, dict),
         "metrics": take(paths.metrics, read_metrics, dict),
-        "events": [event for event in take(paths.events, read_events, list) if isinstance(event, dict)],
+        "events": [event for event in take(paths.events, _read_events, list) if isinstance(event, dict)],
         "results": take(paths.results, read_json, dict),
         "summary": take(paths.summary, read_json, dict),
     }
     if not run["summary"]:
         run["summary"] = _derived_summary(folder)
-    not_an_error = {"overrides.txt", "events.jsonl"}  # a run without overrides or events has none
+    not_an_error = {"events.jsonl"}  # written with the first event: a calm run has none
     return Run(folder=folder, missing=tuple(name for name in missing if name not in not_an_error), **run)
 
 
 def _read_yaml(path: Path) -> Any:
     return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def _read_events(path: Path) -> list[Any]:
+    events = read_events(path)
+    if not events and path.stat().st_size:
+        raise ValueError("no line of it is an event")
+    return events
 
 
 def _read_lines(path: Path) -> list[str]:

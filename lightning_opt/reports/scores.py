@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,10 @@ class Score:
         chance: what guessing scores.
         skipped: why there is no score.
         truncated: prompts that were cut to the model's context; None where nobody counted.
+        degenerate: every choice of every item got the same likelihood: the value is no score.
+        suite: the suite it belongs to (``mini``, ``full``); empty where none is named.
+        comparable: whether the value may stand beside published ones.
+        why_not: why it may not; empty where nothing is recorded.
     """
 
     task: str
@@ -36,6 +41,10 @@ class Score:
     chance: float | None = None
     skipped: str | None = None
     truncated: float | None = None
+    degenerate: bool = False
+    suite: str = ""
+    comparable: bool = False
+    why_not: str = ""
 
     @property
     def title(self) -> str:
@@ -43,19 +52,38 @@ class Score:
         return TITLES.get(self.task, self.task)
 
     @property
+    def label(self) -> str:
+        """The title, with what must not be overlooked where the value stands alone."""
+        if self.comparable or not self.suite:
+            return self.title
+        return f"{self.title} ({'mini' if self.suite == 'mini' else 'not comparable'})"
+
+    @property
+    def counts(self) -> bool:
+        """Whether there is a score, and not only a number."""
+        return self.value is not None and not self.degenerate
+
+    @property
     def distance(self) -> float | None:
-        """Standard errors between the score and chance; None where one of the three is unknown or the error is 0."""
-        if self.value is None or self.chance is None or not self.stderr:
+        """Standard errors between the score and chance; None where one of the three is unknown or 0.
+
+        A chance of exactly 0 leaves nothing to test: guessing never passes, so one passed item is above it.
+        """
+        if self.value is None or not self.chance or not self.stderr:
             return None
         return (self.value - self.chance) / self.stderr
 
     @property
     def judgement(self) -> str:
-        """``above``, ``below``, ``same`` (within two standard errors), ``skipped`` or ``unknown``."""
+        """``above``, ``below``, ``same`` (within two standard errors), ``skipped``, ``broken`` or ``unknown``."""
         if self.value is None:
             return "skipped" if self.skipped else "unknown"
+        if self.degenerate:
+            return "broken"
         if self.distance is None:
-            return "same" if self.chance is not None and self.value == self.chance else "unknown"
+            if self.value == self.chance:
+                return "same"
+            return "above" if self.chance == 0 and self.value > 0 else "unknown"
         if abs(self.distance) <= 2:
             return "same"
         return "above" if self.distance > 0 else "below"
@@ -65,12 +93,16 @@ class Score:
         """The judgement in words with its figure."""
         if self.judgement == "skipped":
             return f"skipped: {self.skipped}"
+        if self.judgement == "broken":
+            return "no score: every choice of every item got the same likelihood"
         if self.judgement == "same":
             apart = "equal to chance" if self.distance is None else f"{abs(self.distance):.1f} standard errors"
             return f"no difference from chance ({apart})"
         if self.judgement == "unknown":
             return "cannot be told: " + ("no score" if self.value is None else "no standard error or chance level")
-        return f"{self.judgement} chance by {abs(self.distance or 0):.1f} standard errors"
+        if self.distance is None:
+            return "above chance, which is exactly 0"
+        return f"{self.judgement} chance by {abs(self.distance):.1f} standard errors"
 
     @property
     def measured(self) -> str:
@@ -80,26 +112,51 @@ class Score:
 
 def suite(run: Run) -> str | None:
     """Name of the evaluation suite: ``mini``, ``full``, or None where nothing was evaluated."""
-    name = run.part("summary", "evaluation").get("suite") or run.results.get("suite")
+    name = _block(run).get("suite") or run.results.get("suite")
     return None if name in (None, "none") else str(name)
 
 
-def comparable(run: Run) -> bool:
-    """Whether the scores may be set beside published ones: never those of our mini sets."""
-    return bool(run.part("summary", "evaluation").get("comparable", suite(run) == "full")) and suite(run) != "mini"
+def comparability(entries: Sequence[Score]) -> str:
+    """Whether the scores may stand beside published ones, in a sentence; empty where nothing was scored."""
+    scored = [entry for entry in entries if entry.counts]
+    if not scored:
+        return ""
+    name = scored[0].suite or "suite not named"
+    if name == "mini":
+        return "mini: not comparable with published numbers. Small sets of our own, in the formats of the real ones."
+    unfair = [entry for entry in scored if not entry.comparable]
+    if not unfair:
+        return f"{name}: the real tasks, comparable with published numbers."
+    which = "" if len(unfair) == len(scored) else f" {listed([entry.title for entry in unfair])}"
+    reasons: dict[str, list[str]] = {}
+    for entry in unfair:
+        reasons.setdefault(entry.why_not.rstrip("."), []).append(entry.title)
+    why = "; ".join(f"{listed(titles)}: {reason}" for reason, titles in reasons.items() if reason)
+    return f"{name}:{which} not comparable with published numbers." + (f" {why}." if why else "")
+
+
+def listed(names: Sequence[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def scores(run: Run) -> list[Score]:
     """The scores of the summary, else of lm-eval's results file, in a fixed order."""
-    block = run.part("summary", "evaluation")
-    found = {task: _from_summary(task, entry) for task, entry in block.items() if isinstance(entry, dict)}
+    block, named = _block(run), suite(run) or ""
+    whole = block.get("comparable", run.results.get("comparable")) is True
+    found = {task: _from_summary(task, entry, named, whole) for task, entry in block.items() if isinstance(entry, dict)}
     if not found:
-        found = {task: _from_results(run, task, row) for task, row in run.part("results", "results").items()}
+        rows = run.part("results", "results").items()
+        found = {task: _from_results(run, task, row, named, whole) for task, row in rows}
     order = [*[task for task in TITLES if task in found], *sorted(set(found) - set(TITLES))]
     return [found[task] for task in order]
 
 
-def _from_summary(task: str, entry: dict[str, Any]) -> Score:
+def _block(run: Run) -> dict[str, Any]:
+    return run.part("summary", "evaluation") or run.part("results", "summary")
+
+
+def _from_summary(task: str, entry: dict[str, Any], named: str, whole: bool) -> Score:
     skipped = entry.get("skipped")
     counted = next(
         (entry[key] for key in ("truncated", "truncated_prompts", "prompts_truncated") if key in entry), None
@@ -114,10 +171,14 @@ def _from_summary(task: str, entry: dict[str, Any]) -> Score:
         chance=finite(entry.get("chance")),
         skipped=None if skipped is None else str(skipped),
         truncated=finite(counted),
+        degenerate=entry.get("degenerate") is True,
+        suite=named,
+        comparable=named != "mini" and entry.get("comparable", whole) is True,
+        why_not=str(entry.get("why_not") or ""),
     )
 
 
-def _from_results(run: Run, task: str, row: Any) -> Score:
+def _from_results(run: Run, task: str, row: Any, named: str, whole: bool) -> Score:
     """A row of lm-eval's own results: ``{"acc_norm,none": ..., "acc_norm_stderr,none": ...}``."""
     row = row if isinstance(row, dict) else {}
     metrics = {
@@ -135,4 +196,6 @@ def _from_results(run: Run, task: str, row: Any) -> Score:
         stderr=finite(row.get(error)),
         n=finite(samples.get("effective")) if isinstance(samples, dict) else None,
         shots=finite(run.part("results", "n-shot").get(task)),
+        suite=named,
+        comparable=named != "mini" and whole,
     )

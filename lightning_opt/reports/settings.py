@@ -20,6 +20,16 @@ def tuned(run: Run) -> Table:
     return Table("tuned", "Tuned values", ("field", "value", "source"), body, frozenset({1}))
 
 
+def tuned_words(run: Run) -> str:
+    """Whether tuned values were used, in a sentence that does not claim what the values then were."""
+    record = run.part("plan", "tuned")
+    if record:
+        return f"Tuned values from: {q.text(record.get('source'))}."
+    if "tuned" in run.plan and run.plan["tuned"] is None:
+        return "No tuned values were used: what was not asked is the configuration's own default."
+    return "Whether tuned values were used is not known."
+
+
 def settings(run: Run) -> Table:
     """The resolved values that decide what a run is."""
     rows = [*_optimizer(run), *_schedule(run), *_length(run), *_model(run), *_data(run), *_compute(run)]

@@ -114,12 +114,12 @@ def _bits_per_byte(run: Run, name: str, row: dict[str, Any], loss: float | None)
     return loss / 0.6931471805599453 * tokens / length
 
 
-def scores(entries: Sequence[Score], suite: str | None, comparable: bool) -> Table:
+def scores(entries: Sequence[Score]) -> Table:
     """Scores with error, chance and the judgement; skipped tasks with their reason."""
     header = ("task", "metric", "score ± stderr", "chance", "against chance", "items", "shots", "prompts cut")
     body = tuple(
         (
-            f"{entry.title}{'' if comparable or suite is None else f' ({suite})'}",
+            entry.label,
             entry.metric or "–",
             "skipped" if entry.judgement == "skipped" else entry.measured,
             _unless_skipped(entry, q.trimmed(entry.chance, 3) if entry.chance is not None else "not stated"),

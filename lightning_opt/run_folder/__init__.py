@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "folder": ["FolderRefused", "RunFolder", "claim", "config_hash"],
-        "status": ["FINISHED_STATES", "STATES", "Diverged", "Status", "owner_is_gone", "read_status"],
+        "status": ["FINISHED_STATES", "STATES", "Status", "owner_is_gone", "read_status"],
         "records": [
             "METRIC_COLUMNS",
             "append_event",
@@ -16,6 +16,7 @@ __getattr__, __dir__, __all__ = attach(
             "write_json",
             "write_text",
         ],
+        "endings": ["Diverged", "ExitCode"],
         "summary": ["summarize"],
     },
 )

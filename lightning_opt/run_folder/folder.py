@@ -13,8 +13,8 @@ from typing import Any
 
 from lightning_opt.run_folder.status import FINISHED_STATES, owner_is_gone, read_status
 
-# What may differ between two tries at the same run.
-_NOT_IDENTITY = ("resume", "name")
+# What may differ between two tries at the same run: it changes no result.
+_NOT_IDENTITY = ("resume", "name", "logger", "data.num_workers", "data.cache_dir", "trainer.log_every_n_steps")
 
 
 class FolderRefused(ValueError):
@@ -50,11 +50,19 @@ def config_hash(config: dict[str, Any]) -> str:
     """Identity of a resolved configuration: 8 hex digits of the SHA-256 of its canonical JSON.
 
     Args:
-        config: the plain dict that the job gets; ``name`` and ``resume`` do not count.
+        config: the plain dict that the job gets; the run's name, whether to resume, loggers, loader processes, the
+            cache and the logging interval do not count.
     """
-    kept = {key: value for key, value in config.items() if key not in _NOT_IDENTITY}
-    text = json.dumps(kept, sort_keys=True, separators=(",", ":"), default=str)
+    text = json.dumps(_identity(config), sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _identity(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    return {
+        key: _identity(value, f"{prefix}{key}.") if isinstance(value, dict) else value
+        for key, value in config.items()
+        if f"{prefix}{key}" not in _NOT_IDENTITY
+    }
 
 
 def claim(

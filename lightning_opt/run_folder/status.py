@@ -18,10 +18,6 @@ FINISHED_STATES: tuple[State, ...] = ("FINISHED", "DIVERGED")
 """States that the same command does not take up again: a diverged run is a result."""
 
 
-class Diverged(RuntimeError):
-    """Training left the finite numbers; the weights are those from before the step."""
-
-
 HEARTBEAT_S = 10.0
 STALE_S = 120.0
 

@@ -36,6 +36,8 @@ def summarize(folder: RunFolder | Path) -> dict[str, Any]:
 
     losses = column("train/loss")
     steps = columns.get("step", [])
+    done = status.get("step")
+    per_step = plan.get("tokens_per_step")
     return {
         "name": plan.get("name"),
         "optimizer": plan.get("optimizer"),
@@ -44,8 +46,8 @@ def summarize(folder: RunFolder | Path) -> dict[str, Any]:
         "params_total": plan.get("params_total"),
         "params_active": plan.get("params_active"),
         "params_non_embedding": plan.get("params_non_embedding"),
-        "tokens": _last(column("tokens")),
-        "steps": _last(column("step")),
+        "tokens": done * per_step if done is not None and per_step else None,
+        "steps": done,
         "seconds": _last(column("time_s")),
         "train_loss": fmean(losses[-max(1, len(losses) // 20) :]) if losses else None,
         "val_loss": _last(column("val/loss")),

@@ -6,6 +6,8 @@ import torch
 from lightning.pytorch.plugins.precision import HalfPrecision
 from torch import nn
 
+from lightning_opt.plan import ConfigError
+
 
 class BFloat16Parameters(HalfPrecision):
     """``bf16-true`` that casts parameters only.
@@ -30,7 +32,13 @@ class BFloat16Parameters(HalfPrecision):
 
 
 def choose_device(accelerator: str) -> str:
-    """``cuda`` where the accelerator of the config means a GPU that is there, else ``cpu``."""
+    """``cuda`` where the config's accelerator means a GPU that is there, else ``cpu``.
+
+    Raises:
+        ConfigError: a GPU was asked for, and torch sees none.
+    """
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise ConfigError("trainer.accelerator", accelerator, "auto or cpu: torch sees no CUDA GPU on this machine")
     return "cuda" if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
 
 

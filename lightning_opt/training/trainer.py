@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_opt.plan import RunPlan
-from lightning_opt.run_folder import Status
+from lightning_opt.run_folder import RunFolder, Status
 from lightning_opt.training.datamodule import TokenDataModule
 from lightning_opt.training.module import PretrainModule
 from lightning_opt.training.precision import BFloat16Parameters
@@ -38,10 +38,14 @@ class FitResult:
 
 
 class _Step(pl.Callback):
-    """Keeps the step in the run's status."""
+    """Keeps the step in the run's status, and has the first and the last step logged whatever the interval."""
 
-    def __init__(self, status: Status):
-        self._status = status
+    def __init__(self, status: Status, interval: int):
+        self._status, self._interval = status, interval
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        edge = trainer.global_step in (0, trainer.max_steps - 1)
+        trainer.log_every_n_steps = 1 if edge else self._interval
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         self._status.step = trainer.global_step
@@ -66,7 +70,7 @@ def fit(
     *,
     config: Mapping[str, Any],
     precision: str,
-    folder: Path,
+    folder: RunFolder,
     columns: Sequence[str],
     callbacks: Sequence[pl.Callback],
     loggers: Sequence[Logger],
@@ -80,7 +84,7 @@ def fit(
         plan: steps, accumulation, validation interval.
         config: the ``trainer`` group.
         precision: resolved precision.
-        folder: the run folder; ``metrics.csv`` and ``profile/`` are written in it.
+        folder: where ``metrics.csv`` and ``profile/`` are written.
         columns: metric names besides the common ones.
         callbacks: in the order they are called.
         loggers: further loggers of the user's.
@@ -92,18 +96,19 @@ def fit(
     Raises:
         Diverged: a loss or gradient was not finite.
     """
-    validates = config["val_batches"] > 0
+    validates = config["val_sequences"] > 0
     module.model.train()
     if config.get("compile"):
         module.model.compile()
     run_logger = RunLogger(
-        folder / "metrics.csv",
+        folder.metrics,
         columns,
         tokens_per_step=plan.tokens_per_step,
         current_step=lambda: trainer.global_step,
     )
     with _quiet():
-        trainer = _trainer(plan, config, precision, folder, [run_logger, *loggers], [*callbacks, _Step(status)])
+        watchers = [_Step(status, config["log_every_n_steps"]), *callbacks]
+        trainer = _trainer(plan, config, precision, folder, [run_logger, *loggers], watchers)
         try:
             trainer.fit(module, data)
             if validates and trainer.global_step % plan.val_every_n_steps:
@@ -113,6 +118,7 @@ def fit(
         finally:
             status.step = trainer.global_step
             run_logger.close()
+            module.model._compiled_call_impl = None  # scoring has many shapes: each would be compiled anew
     return FitResult(trainer.global_step)
 
 
@@ -120,7 +126,7 @@ def _trainer(
     plan: RunPlan,
     config: Mapping[str, Any],
     precision: str,
-    folder: Path,
+    folder: RunFolder,
     loggers: list[Logger],
     callbacks: list[pl.Callback],
 ) -> pl.Trainer:
@@ -131,7 +137,7 @@ def _trainer(
         accumulate_grad_batches=plan.accumulate,
         val_check_interval=plan.val_every_n_steps * plan.accumulate,
         check_val_every_n_epoch=None,
-        limit_val_batches=None if config["val_batches"] else 0,
+        limit_val_batches=None if config["val_sequences"] else 0,
         num_sanity_val_steps=0,
         accelerator=config["accelerator"],
         devices=config["devices"],
@@ -139,10 +145,10 @@ def _trainer(
         strategy=config["strategy"],
         log_every_n_steps=config["log_every_n_steps"],
         deterministic=config["deterministic"],
-        profiler=_profiler(config.get("profiler"), folder / "profile"),
+        profiler=_profiler(config.get("profiler"), folder.profile),
         logger=loggers,
         callbacks=callbacks,
-        default_root_dir=folder,
+        default_root_dir=folder.path,
         enable_checkpointing=False,
         enable_progress_bar=any(isinstance(callback, pl.callbacks.ProgressBar) for callback in callbacks),
         enable_model_summary=False,

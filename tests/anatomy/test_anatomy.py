@@ -59,7 +59,8 @@ def test_llama(tied):
     (embedding,) = [info for info in anatomy.parameters if info.role == "embedding"]
     assert embedding.tied_names == (("lm_head.weight",) if tied else ())
     assert embedding.module_type == "Embedding"
-    assert anatomy.total - anatomy.non_embedding == 61 * 16 * (1 if tied else 2)
+    norms = sum(info.parameter.numel() for info in anatomy.parameters if info.role == "norm")
+    assert anatomy.total - anatomy.non_embedding == 61 * 16 * (1 if tied else 2) + norms
     assert anatomy.active == anatomy.total
     assert anatomy.expert_layers == []
 
@@ -67,9 +68,7 @@ def test_llama(tied):
 def test_the_studys_count_is_the_matrices():
     h, i, layers = 16, 24, 3
     anatomy = describe(built("Llama", num_key_value_heads=4))
-    matrices = sum(info.parameter.numel() for info in anatomy.parameters if info.role == "matrix")
-    assert matrices == layers * (3 * h * i + 4 * h * h)
-    assert anatomy.non_embedding == matrices + (2 * layers + 1) * h
+    assert anatomy.non_embedding == layers * (3 * h * i + 4 * h * h)
 
 
 def test_qwen3_with_its_norms_of_queries_and_keys():
@@ -183,6 +182,53 @@ def test_names_do_not_matter():
     assert roles["norm_bias_embed.lm_head.model.layers.0.mlp.embed_norm.weight"] == "matrix"
     assert roles["norm_bias_embed.lm_head.lm_head.weight"] == "head"
     assert sum(role == "embedding" for role in roles.values()) == 1
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width, bias=False)
+        self.same = nn.Linear(width, width, bias=False)
+        self.down = nn.Linear(4 * width, width, bias=False)
+
+
+class NanoGPT(nn.Module):
+    """No get_output_embeddings; the context is as long as the MLP is wide, as with d = 256 and context 1024."""
+
+    def __init__(self, vocabulary, width=16, layers=3, head="own", blocks=nn.ModuleList):
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(4 * width, width)
+        parts = [Block(width) for _ in range(layers)]
+        self.blocks = blocks(parts) if blocks is nn.ModuleList else blocks(*parts)
+        if head != "functional":
+            self.out = nn.Linear(width, vocabulary, bias=False)
+        if head == "tied":
+            self.out.weight = self.tokens.weight
+
+
+@pytest.mark.parametrize("vocabulary", [500, 16, 40])  # the last two below the context; 16 also the width
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("head", ["own", "tied", "functional"])
+def test_mlps_as_wide_as_a_position_table_are_no_heads(vocabulary, layers, head):
+    model = NanoGPT(vocabulary, layers=layers, head=head)
+    found = kinds(describe(model))
+    assert found["matrix"] == {"up.weight", "same.weight", "down.weight"}
+    assert found["embedding"] == {"tokens.weight", "positions.weight"}
+    assert found.get("head") == ({"out.weight"} if head == "own" else None)
+    complete(model, describe(model))
+
+
+def test_blocks_in_a_sequential_and_linear_maps_as_wide_as_the_table_is_long():
+    assert kinds(describe(NanoGPT(64, 16, blocks=nn.Sequential)))["head"] == {"out.weight"}
+    net = nn.Sequential(nn.Embedding(64, 64), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.Linear(64, 64))
+    roles = {name: role for name, role in describe(net).roles.items() if name.endswith("weight")}
+    assert roles == {
+        "0.weight": "embedding",
+        "1.weight": "matrix",
+        "3.weight": "matrix",
+        "4.weight": "head",
+    }
 
 
 def test_a_head_of_a_model_that_names_none():

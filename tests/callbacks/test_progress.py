@@ -138,6 +138,26 @@ def test_a_resumed_run_counts_on(tmp_path: Path) -> None:
     assert steps_of(out.getvalue()) == [10, 15, 20]
 
 
+@pytest.mark.parametrize("nothing", [None, []])
+def test_a_project_without_an_optimizer_trains_on(tmp_path: Path, nothing: Any) -> None:
+    class Counting(Foreign):  # say, statistics of the data
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = nothing is None
+
+        def configure_optimizers(self) -> Any:
+            return nothing
+
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            pass
+
+    module, out = Counting(), io.StringIO()
+    progress = Progress(every_n_steps=1, stream=out)
+    fit(tmp_path, module, [progress], rows=Rows(20), val_rows=Rows(8), max_steps=-1, max_epochs=1)
+    assert len(module.micro_losses) == 5
+    assert "validation  val_loss" in out.getvalue()
+
+
 def test_other_ranks_are_silent_and_validation_alone_speaks(tmp_path: Path, run_log: Path) -> None:
     out = io.StringIO()
     progress = Progress(every_n_steps=1, stream=out)

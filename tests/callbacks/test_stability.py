@@ -13,6 +13,7 @@ import torch
 from foreign_project import Foreign, Logged, environment, fit
 
 from lightning_opt.callbacks import Stability
+from lightning_opt.callbacks.stability import total_norm
 
 WINDOW = 12
 
@@ -68,6 +69,16 @@ def test_norm_is_that_of_clip_grad_norm_before_clipping(tmp_path: Path, clip: fl
     norms = np.array(module.norms)
     changes = np.abs(np.diff(norms)) / norms[:-1]
     assert logged.column("grad_norm_change") == pytest.approx(changes, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_low_precision_gradients_are_summed_in_float32(dtype: torch.dtype) -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(100, 100, dtype=dtype)) for _ in range(3)]
+    generator = torch.Generator().manual_seed(0)
+    for parameter in parameters:
+        parameter.grad = torch.randn(100, 100, generator=generator).to(dtype)
+    exact = np.linalg.norm(np.concatenate([p.grad.double().numpy().ravel() for p in parameters]))
+    assert float(total_norm(torch.optim.SGD(parameters, lr=0.1))) == pytest.approx(exact, rel=1e-6)
 
 
 class Clipping(torch.optim.SGD):

@@ -97,13 +97,36 @@ def test_validation_checkpoints_and_epochs_do_not_count(tmp_path: Path, clock: F
     assert logged.column("other_ms") == pytest.approx([0.5] * 9)
 
 
-def test_first_steps_do_not_count_and_one_slow_step_does_not_show(tmp_path: Path, clock: FakeClock) -> None:
+def test_first_steps_do_not_count_and_a_slow_step_does(tmp_path: Path, clock: FakeClock) -> None:
     module = foreign(clock)
-    slow = {0: 9000, 1: 900, 10: 500}  # compilation, then a hiccup
+    slow = {0: 9000, 1: 900, 10: 500}  # compilation, then a hiccup in the third interval
     module.hooks["forward"] = lambda: clock.ms(FORWARD + slow.get(len(module.micro_losses), 0))
     throughput = Throughput(warmup_steps=2, clock=clock)
     _, logged = run(tmp_path, clock, throughput, module, log_every_n_steps=4)
-    assert logged.column("step_ms") == pytest.approx([39.5] * 3)
+    assert logged.column("step_ms") == pytest.approx([39.5, 39.5, 39.5 + 500 / 4])
+
+
+def test_an_optimizer_that_is_expensive_every_tenth_step_is_told_whole(tmp_path: Path, clock: FakeClock) -> None:
+    class Periodic(torch.optim.SGD):
+        calls = 0
+
+        def step(self, closure: Any = None) -> Any:
+            loss = closure()
+            self.calls += 1
+            clock.ms(UPDATE + (300 if self.calls % 10 == 0 else 0))
+            super().step()
+            return loss
+
+    throughput = Throughput(warmup_steps=10, clock=clock)
+    started = clock.now
+    module = Foreign(Periodic, forward=lambda: clock.ms(FORWARD))
+    _, logged = run(tmp_path, clock, throughput, module, log_every_n_steps=10, max_steps=30)
+    wall_ms = (clock.now - started) * 1e3 / 30
+    assert logged.column("step_ms") == pytest.approx([wall_ms] * 2)
+    assert logged.column("optimizer_ms") == pytest.approx([UPDATE + 30] * 2)
+    assert logged.column("tokens_per_s_per_device") == pytest.approx([32 / wall_ms * 1e3] * 2)
+    parts = [logged.column(f"{part}_ms") for part in ("data", "forward_backward", "optimizer", "other")]
+    assert [sum(step) for step in zip(*parts, strict=True)] == pytest.approx([wall_ms] * 2)
 
 
 def test_variable_batch_sizes(tmp_path: Path, clock: FakeClock) -> None:
@@ -111,8 +134,8 @@ def test_variable_batch_sizes(tmp_path: Path, clock: FakeClock) -> None:
     throughput = Throughput(clock=clock)
     callbacks = [Backward(clock), throughput]
     fit(tmp_path, foreign(clock), callbacks, rows=batches, batch_size=None, log_every_n_steps=6, max_steps=6)
-    # three counted steps of 34 ms; ordered by time per token (12, 8, 4 rows) the middle one has 8
-    assert throughput.last["tokens_per_s_per_device"] == pytest.approx(8 * 8 / 34e-3)
+    # three counted steps of 34 ms with 4, 8 and 12 rows of 8 tokens
+    assert throughput.last["tokens_per_s_per_device"] == pytest.approx((4 + 8 + 12) * 8 / (3 * 34e-3))
 
 
 def test_resume_warms_up_again(tmp_path: Path, clock: FakeClock) -> None:

@@ -144,6 +144,8 @@ def test_corpora_too_small_to_use(config: Config, tmp_path: Path, texts: list[st
         ({"val_fraction": 0.9}, r"data\.val_fraction = 0\.9"),
         ({"val_fraction": 0}, r"data\.val_fraction = 0"),
         ({"tokenizer": {"vocab_size": 100}}, r"data\.tokenizer\.vocab_size = 100: .*257"),
+        ({"tokenizer": {"vocab_size": None}}, r"data\.tokenizer\.vocab_size = null"),
+        ({"weights": {"long": 1}}, r"data\.weights = .*must name short too"),
         ({"tokenizer": {"path": "none.json"}}, r"data\.tokenizer\.path = none\.json"),
         ({"source": "embedded", "weights": {"web": 1}}, r"data\.weights\.web = 1: .*code, math, prose"),
     ],
@@ -215,11 +217,11 @@ def test_without_shards_the_command_is_given(prepared: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=command):
         data.check({**prepared, "path": path}, tokens=1000)
     with pytest.raises(ConfigError, match=r"corpus arxiv; .*recipes\.prepare_data"):
-        data.check({**prepared, "weights": {"arxiv": 1.0}})
+        data.check({**prepared, "weights": {**prepared["weights"], "arxiv": 1.0}})
     shutil.rmtree(Path(prepared["path"], "c4_en"))
     shutil.rmtree(Path(prepared["path"], "proofpile"))
     with pytest.raises(ConfigError, match="validation shards"):
-        data.check({**prepared, "weights": {"dclm": 1.0}})
+        data.check({**prepared, "weights": {"dclm": 1.0, "starcoder": 0}})
 
 
 def test_damaged_prepared_shards_are_refused(prepared: dict[str, Any]) -> None:

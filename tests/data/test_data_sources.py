@@ -168,6 +168,7 @@ def test_folders_that_hold_nothing_are_refused(tmp_path: Path) -> None:
         ({"a": -1, "b": 2}, r"data\.weights\.a = -1: .*>= 0"),
         ({"a": float("nan"), "b": 2}, r"data\.weights\.a = nan"),
         ({"a": float("inf")}, r"data\.weights\.a = inf"),
+        ({"b": 1}, r"data\.weights = .*must name a too; 0 leaves"),
         ({"a": True}, r"data\.weights\.a = true"),
         ({"a": 0, "b": 0}, r"data\.weights = .* above 0"),
         ({"c": 1}, r"data\.weights\.c = 1: .*a, b"),
@@ -183,6 +184,6 @@ def test_wrong_weights(weights: object, message: str) -> None:
 
 def test_weights_become_shares() -> None:
     assert sources.check_weights(None, ["a", "b"]) == {"a": 0.5, "b": 0.5}
-    assert sources.check_weights({"b": 3}, ["a", "b"]) == {"a": 0.0, "b": 1.0}
+    assert sources.check_weights({"a": 0, "b": 3, "c": 0}, ["a", "b"]) == {"a": 0.0, "b": 1.0}
     study = sources.check_weights("study", ["code", "math", "web"])
     assert study == pytest.approx({"web": 0.9257, "code": 0.0609, "math": 0.0134})

@@ -151,3 +151,28 @@ def test_bytes_of_a_sentencepiece_like_vocabulary() -> None:
     assert table[tokenizer.token_to_id("</s>")] == 0
     ids = tokenizer.encode("größe der Häuser").ids
     assert table[ids].sum() == len(" größe der Häuser".encode())
+
+
+class TestFromTheHub:
+    def test_checked_without_asking_and_refused_in_one_line_where_it_cannot_be_had(
+        self, config: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        given = config(tokenizer={"path": "some-org/no-such-model", "vocab_size": None, "eos": None})
+        data.check(given)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        with pytest.raises(ConfigError, match=r"^data\.tokenizer\.path = some-org/no-such-model: ") as caught:
+            data.build(given, seed=1)
+        assert "\n" not in str(caught.value)
+
+    def test_used_from_the_hubs_own_cache(
+        self, config: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        snapshot = tmp_path / "hub" / "models--some-org--model" / "snapshots" / ("0" * 40)
+        snapshot.mkdir(parents=True)
+        (snapshot.parents[1] / "refs").mkdir()
+        (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+        t.train_tokenizer(make_texts(50), 281).save(str(snapshot / "tokenizer.json"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+        built = data.build(config(tokenizer={"path": "some-org/model", "vocab_size": None, "eos": None}), seed=1)
+        assert (built.tokenizer_kind, built.vocab_size) == ("given", 281)

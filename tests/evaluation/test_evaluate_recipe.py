@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,7 +53,13 @@ def test_wrong_input_is_refused_before_torch(
 def test_help_shows_examples(repository: Path) -> None:
     done = recipe(repository, "--help")
     assert done.returncode == 0
-    assert "--data-dir ../shared/data/eval" in done.stdout
+    assert done.stderr == ""
+    assert "python -m recipes.evaluate ./my-llama --suite full" in done.stdout
+    # Every option that an example takes is one that the parser knows and explains.
+    usage, _, examples = done.stdout.partition("examples:")
+    options = {word for word in examples.split() if word.startswith("--")}
+    assert options >= {"--suite", "--data-dir", "--limit", "--tasks", "--out", "--export-tasks"}
+    assert all(f"\n  {option} " in usage for option in options)
 
 
 def test_plain_checkpoint_is_scored_and_kept_without_network(
@@ -95,6 +102,27 @@ def test_run_folder_gets_its_results(
     assert refreshed == [tmp_path / "run"]
 
 
+def test_run_that_has_no_model_yet_is_named(tmp_path: Path, repository: Path) -> None:
+    (tmp_path / "config.yaml").write_text("name: run\n")
+    done = recipe(repository, str(tmp_path))
+    assert done.returncode == 2
+    assert "has no model/ yet" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_table_names_what_stands_beside_no_published_score(capsys: pytest.CaptureFixture, repository: Path) -> None:
+    from recipes.evaluate import show
+
+    entry = {"metric": "acc", "value": 0.5, "stderr": 0.1, "n": 10, "shots": 0, "chance": 0.25, "truncated": 0}
+    skipped = {"skipped": "not in evaluation.tasks"}
+    scores = {"hellaswag": entry | {"comparable": True}, "humaneval": skipped}
+    scores["mmlu"] = entry | {"comparable": False, "why_not": "10 of 14042 documents"}
+    show("x", {"suite": "full", "comparable": False, **scores})
+    said = " ".join(capsys.readouterr().out.split())
+    assert "mmlu: 10 of 14042 documents" in said
+    assert "hellaswag:" not in said
+
+
 def test_export_prints_a_command_and_needs_no_torch(repository: Path, checkpoint: Path, tmp_path: Path) -> None:
     done = recipe(repository, str(checkpoint), "--export-tasks", str(tmp_path / "tasks"), "--tasks", "mmlu,humaneval")
     assert done.returncode == 0, done.stderr
@@ -112,6 +140,13 @@ def test_hub_tasks_keep_the_stock_source(tmp_path: Path) -> None:
     anatomy = (tmp_path / "few" / "mmlu_anatomy.yaml").read_text()
     assert '"take": {"test": 1}' in anatomy
     assert '"hub": ["cais/mmlu", "anatomy"]' in anatomy
+
+
+@pytest.mark.parametrize("limit", [5_700, 9_000, 14_041, 14_042])
+def test_a_large_limit_of_hub_mmlu_takes_that_many(tmp_path: Path, limit: int) -> None:
+    write_tasks(tmp_path, suite="full", tasks=["mmlu"], context_length=2048, limit=limit)
+    found = [re.search(r'"test": (\d+)', path.read_text()) for path in tmp_path.glob("mmlu_*.yaml")]
+    assert sum(int(match[1]) for match in found) == limit
 
 
 @pytest.mark.slow

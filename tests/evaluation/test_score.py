@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_opt.evaluation import evaluate, sandbox, score
+from lightning_opt.evaluation import evaluate, sandbox, score, suites
 from lightning_opt.evaluation.suites import MINI_DIR, read_documents
 from lightning_opt.plan import ConfigError
 
@@ -248,6 +249,42 @@ def test_real_sets_with_a_limit(model: Any, tokenizer: Any, tmp_path: Path, shar
     assert block["mmlu"]["stderr"] > 0
     assert block["mmlu"]["truncated"] == 10
     assert len(list((tmp_path / "tasks").glob("mmlu_*.yaml"))) == 10
+
+
+@pytest.mark.parametrize(
+    ("task", "changed", "why"),
+    [
+        ("hellaswag", {}, None),
+        ("mmlu", {}, None),
+        ("humaneval", {}, None),
+        ("hellaswag", {"suite": "mini"}, "suite mini"),
+        ("hellaswag", {"n": 400}, "400 of 10042 documents"),
+        ("mmlu", {"truncated": 3}, "3 of 14042 prompts cut to the context"),
+        ("humaneval", {"tokens": 256}, "answers of 256 tokens, stock 1024"),
+    ],
+)
+def test_only_the_published_setting_is_comparable(task: str, changed: dict[str, Any], why: str | None) -> None:
+    given = {"n": suites.SOURCES[task].documents, "truncated": 0, "tokens": 1024, "suite": "full"} | changed
+    results = {"configs": {"humaneval": {"generation_kwargs": {"max_gen_toks": given["tokens"]}}}}
+    expected = {"comparable": True} if why is None else {"comparable": False, "why_not": why}
+    assert score._comparable(task, given, given["suite"], results) == expected
+
+
+def test_whole_sets_with_cut_prompts_are_not_comparable(
+    make_model: Any, tokenizer: Any, tmp_path: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the sizes of the whole sets set to what is here, only the cut prompts and the answers' length are left."""
+    sizes = {task: dataclasses.replace(suites.SOURCES[task], documents=10) for task in suites.TASKS}
+    monkeypatch.setattr(score, "SOURCES", sizes)
+    config = {"suite": "full", "data_dir": str(shared_data / "eval"), "limit": 10, "max_gen_toks": 4}
+    block = evaluate(make_model(context=512), tokenizer, config, tmp_path)
+    assert block["hellaswag"]["comparable"] is True
+    assert block["mmlu"]["why_not"] == f"{block['mmlu']['truncated']} of 10 prompts cut to the context"
+    if ISOLATED:
+        assert block["humaneval"]["why_not"] == "answers of 4 tokens, stock 1024"
+    assert block["comparable"] is False
+    block = evaluate(make_model(context=512), tokenizer, config | {"tasks": ["hellaswag"]}, tmp_path)
+    assert block["comparable"] is True
 
 
 def test_a_very_short_context_is_no_obstacle(make_model: Any, tokenizer: Any, tmp_path: Path) -> None:

@@ -24,9 +24,10 @@ from lightning_opt.plan import ConfigError
         ({"tasks": []}, "evaluation.tasks", "list"),
         ({"tasks": "mmlu"}, "evaluation.tasks", "list"),
         ({"tasks": ["mmlu", "mmlu"]}, "evaluation.tasks", "once"),
-        ({"limit": 0}, "evaluation.limit", "1 or more or null"),
+        ({"limit": 0}, "evaluation.limit", "null for all"),
         ({"limit": True}, "evaluation.limit", "whole number"),
         ({"limit": 2.5}, "evaluation.limit", "whole number"),
+        ({"max_gen_toks": 1.5}, "evaluation.max_gen_toks", "whole number"),
         ({"batch_size": None}, "evaluation.batch_size", "whole number"),
         ({"sandbox_seconds": 0}, "evaluation.sandbox_seconds", "seconds"),
         ({"limt": 3}, "evaluation", "did you mean limit?"),
@@ -45,6 +46,28 @@ def test_defaults_and_none_are_right() -> None:
     suites.check({})
     suites.check({"suite": "none"})
     suites.check(dict(suites.DEFAULTS))
+
+
+def test_resolved_settings_are_whole_and_numbers_whole() -> None:
+    settings = suites.resolve({"limit": 5e1})
+    assert settings == suites.DEFAULTS | {"limit": 50}
+    assert isinstance(settings["limit"], int)
+
+
+def test_subject_sizes_are_those_of_the_whole_set() -> None:
+    from lightning_opt.evaluation.mmlu_subjects import TEST_DOCUMENTS
+    from lightning_opt.evaluation.offline import stock_tasks
+
+    assert sum(TEST_DOCUMENTS.values()) == suites.SOURCES["mmlu"].documents
+    stock = {path.stem.removeprefix("mmlu_") for path in (stock_tasks() / "mmlu" / "default").glob("mmlu_*.yaml")}
+    assert set(TEST_DOCUMENTS) == stock
+
+
+def test_stock_length_of_answers_is_lm_evals() -> None:
+    from lightning_opt.evaluation.offline import stock_tasks
+
+    text = (stock_tasks() / "humaneval" / "humaneval.yaml").read_text()
+    assert f"max_gen_toks: {suites.STOCK_MAX_GEN_TOKS}\n" in text
 
 
 def test_missing_files_are_listed(tmp_path: Path, shared_data: Path) -> None:

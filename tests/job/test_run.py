@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from lightning_opt.run_folder import METRIC_COLUMNS, read_metrics, summarize
+from lightning_opt.run_folder import METRIC_COLUMNS, read_events, read_metrics, summarize
 
 FILES = [
     "config.yaml",
@@ -159,6 +159,28 @@ def test_a_run_that_is_stopped_says_so_and_the_same_command_takes_its_folder(
     process.kill()
     process.wait()
     assert door.folders() == [folder]
+
+
+def test_sigterm_while_scoring_is_told_too(door: Door) -> None:
+    """Lightning's own handler is gone by then."""
+    command = door.command("trainer.max_steps=2", "evaluation=mini")
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=door.folder,
+        env=door.environment(),
+    )
+    while not (line := process.stdout.readline()).startswith("evaluation"):
+        assert line or process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.stdout.read()
+    assert process.wait(timeout=120) == 143
+    (folder,) = door.folders()
+    assert read(folder / "status.json")["state"] == "PREEMPTED"
+    assert read_events(folder / "events.jsonl")[-1]["kind"] == "preempted"
+    assert (folder / "report.html").exists()
 
 
 @pytest.mark.slow

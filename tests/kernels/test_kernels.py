@@ -140,6 +140,28 @@ def test_changing_rates_and_sizes_never_recompiles():
             step(k)
 
 
+@pytest.mark.skipif(not kernels.can_compile("cpu")[0], reason="no C++ compiler")
+def test_many_kinds_of_buckets_are_all_compiled(monkeypatch):
+    """Dynamo compiles 8 variants of one function and runs the ninth eager in silence."""
+    compiled._compiled.cache_clear()
+    torch._dynamo.reset()
+    graphs = []
+    count = lambda graph, inputs: graphs.append(graph) or graph.forward  # noqa: E731
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **how: real(function, backend=count, **how))
+    kinds = 0
+    for cls in (optim.Lion, optim.AdamW):
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            for mode in ("decoupled", "l2"):
+                p = nn.Parameter(torch.ones(compiled.SMALL, dtype=dtype))
+                optimizer = cls([p], lr=0.1, weight_decay=0.1, weight_decay_mode=mode, implementation="compiled")
+                p.grad = torch.ones_like(p)
+                optimizer.step()
+                kinds += 1
+                assert len(graphs) == kinds
+    compiled._compiled.cache_clear()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", optim.list_optimizers())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -62,14 +64,71 @@ def test_step_clips_where_nobody_has_and_only_then():
     by_hand.step()
     assert torch.equal(a, b)
     careful = optim.AdamW([c], max_grad_norm=1.0, eps=1.0)
-    careful.clip_()
-    c.grad.mul_(5.0)  # what happens between clip and step is the caller's business
+    norm = careful.clip_()
     careful.step()
-    assert not torch.equal(a, c)
+    assert torch.equal(a, c)
+    assert careful.last_grad_norm is norm, "clipped gradients were clipped again"
     c.grad = 10 * torch.ones_like(c)
     careful.step()
     assert float(careful.last_grad_norm) == pytest.approx(10 * math.sqrt(c.numel()))
     assert float(c.grad.norm()) == pytest.approx(1.0, rel=1e-5)
+
+
+def replaced(p):
+    version = p.grad._version
+    p.grad = torch.ones_like(p)
+    while p.grad._version < version:  # so that the version alone does not tell
+        p.grad.mul_(10)
+
+
+def zeroed_and_refilled(p):
+    p.grad.zero_()
+    (p * 100).sum().backward()
+
+
+CHANGES = {
+    "replaced": replaced,
+    "zeroed and refilled": zeroed_and_refilled,
+    "accumulated on top": lambda p: (p * 100).sum().backward(),
+    "written": lambda p: p.grad.mul_(5.0),
+    "written in a list": lambda p: torch._foreach_mul_([p.grad], 5.0),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_clip_counts_only_for_the_gradients_it_left(change):
+    """After a skipped step, or more accumulation: the update never sees a norm above the limit."""
+    p, other = parameters(2, 10.0)
+    optimizer = optim.Lion([p, other], max_grad_norm=1.0)
+    optimizer.clip_()
+    CHANGES[change](p)
+    seen = []
+    optimizer.register_before_update_hook(lambda _: seen.append(float(nn.utils.get_total_norm([p.grad, other.grad]))))
+    optimizer.step()
+    assert seen == [pytest.approx(1.0, rel=1e-4)]
+    assert float(optimizer.last_grad_norm) > 1.5
+
+
+def test_a_gradient_that_came_later_and_one_written_unseen_are_clipped():
+    p, late = parameters(2, 10.0)
+    late.grad = None
+    optimizer = optim.Lion([p, late], max_grad_norm=1.0)
+    optimizer.clip_()
+    late.grad = torch.ones_like(late)
+    for _ in range(2):
+        optimizer.step()
+        assert float(nn.utils.get_total_norm([p.grad, late.grad])) == pytest.approx(1.0, rel=1e-4)
+        p.grad.data.mul_(100.0)  # its version does not tell, nor does it when a CUDA graph writes
+
+
+def test_a_clip_keeps_no_gradient_alive():
+    (p,) = parameters(1)
+    optimizer = optim.Lion([p], max_grad_norm=1.0)
+    optimizer.clip_()
+    gradient = weakref.ref(p.grad)
+    optimizer.zero_grad()
+    gc.collect()
+    assert gradient() is None
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])

@@ -10,6 +10,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_opt import optim
 
+LIMIT = 0.1
+
 
 class TwoLayers(pl.LightningModule):
     """Knows nothing of us but the optimizer; clipping is asked of the optimizer, as PretrainModule does."""
@@ -18,21 +20,28 @@ class TwoLayers(pl.LightningModule):
         super().__init__()
         self.net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1))
         self.name, self.own_clipping = name, own_clipping
-        self.updates, self.norms = 0, []
+        self.updates, self.clips, self.norms, self.left = 0, 0, [], []
 
     def training_step(self, batch, _):
         x, y = batch
         return (self.net(x) - y).float().square().mean()
 
     def configure_optimizers(self):
-        optimizer = getattr(optim, optim.OPTIMIZERS[self.name])(self.parameters(), lr=1e-2, max_grad_norm=1.0)
+        optimizer = getattr(optim, optim.OPTIMIZERS[self.name])(self.parameters(), lr=1e-2, max_grad_norm=LIMIT)
         optimizer.register_before_update_hook(self.count)
+        clip = optimizer.clip_
+        optimizer.clip_ = lambda: self.counted(clip)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, optim.schedules.build({"name": "linear"}, 5))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def count(self, optimizer):
         self.updates += 1
         self.norms.append(float(optimizer.last_grad_norm))
+        self.left.append(float(nn.utils.get_total_norm([p.grad for p in self.parameters()])))
+
+    def counted(self, clip):
+        self.clips += 1
+        return clip()
 
     def configure_gradient_clipping(self, optimizer, *args, **kwargs):
         if self.own_clipping:
@@ -63,7 +72,9 @@ def test_max_steps_are_exactly_optimizer_steps(name, own_clipping, tmp_path):
     before = [p.detach().clone() for p in model.parameters()]
     trainer.fit(model, data())
     assert trainer.global_step == model.updates == 5
-    assert all(norm > 0 for norm in model.norms)
+    assert model.clips == 5, "clipped once per optimizer step, not per micro-batch"
+    assert min(model.norms) > LIMIT, "nothing to clip: this test would prove nothing"
+    assert model.left == pytest.approx([LIMIT] * 5, rel=1e-4)
     assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     (optimizer,) = trainer.optimizers
     assert {state["step"] for state in optimizer.state.values()} == {5}

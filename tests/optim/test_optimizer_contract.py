@@ -153,16 +153,16 @@ def test_bfloat16_weights_keep_their_dtype_and_the_state_its_own(name, way, stat
     optimizer.step()
     assert p.dtype == torch.bfloat16
     assert not torch.equal(p, before)
-    wanted = getattr(torch, state_dtype)
-    names = optim.find_rule(name).state
-    assert {optimizer.state[p][n].dtype for n in names} == {wanted}
+    rule = optim.find_rule(name)
+    wanted = {n: torch.float32 if n in rule.wide_state else getattr(torch, state_dtype) for n in rule.state}
+    assert {n: optimizer.state[p][n].dtype for n in rule.state} == wanted
     other = make(name, [p], implementation=way, state_dtype=state_dtype)
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    assert {other.state[p][n].dtype for n in names} == {wanted}
-    assert all(torch.equal(other.state[p][n], optimizer.state[p][n]) for n in names)
+    assert {n: other.state[p][n].dtype for n in rule.state} == wanted
+    assert all(torch.equal(other.state[p][n], optimizer.state[p][n]) for n in rule.state)
     assert type(other.state[p]["step"]) is int
     assert optimizer.state_bytes() == sum(row["state_bytes"] for row in optimizer.routing_table())
-    assert optimizer.state_bytes() == p.numel() * len(names) * wanted.itemsize
+    assert optimizer.state_bytes() == p.numel() * sum(dtype.itemsize for dtype in wanted.values())
 
 
 @pytest.mark.parametrize("name", optim.list_optimizers())
@@ -273,7 +273,16 @@ def test_wrong_hyperparameters_are_refused_in_one_line(name):
         assert "\n" not in str(error.value)
         assert next(iter(wrong)) in str(error.value)
         assert f"{word} (did you mean" in str(error.value)
-    bad = [{"lr": -1.0}, {"lr": float("nan")}, {"betas": (0.9,)}, {"betas": (0.9, 1.0)}, {"weight_decay": -0.1}]
+    bad = [
+        {"lr": -1.0},
+        {"lr": float("nan")},
+        {"lr": False},
+        {"lr": torch.tensor([-1.0])},
+        {"lr": torch.ones(2)},
+        {"betas": (0.9,)},
+        {"betas": (0.9, 1.0)},
+        {"weight_decay": -0.1},
+    ]
     for wrong in [*bad, {"state_dtype": "int3"}, {"implementation": "magic"}, {"max_grad_norm": 0.0}]:
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             make(name, p, **wrong)

@@ -161,6 +161,12 @@ def test_decay_modes():
         p.grad = torch.zeros(4)
         optimizer.step()
         torch.testing.assert_close(p.detach(), torch.full((4,), expected))
+        by_hand = nn.Parameter(torch.ones(4))
+        optimizer = optim.AdamW([by_hand], lr=0.1, weight_decay=0.1, weight_decay_mode=mode)
+        optimizer.param_groups[0]["lr"] /= 2
+        by_hand.grad = torch.zeros(4)
+        optimizer.step()
+        torch.testing.assert_close(by_hand.detach(), p.detach())
     for implementation in ("eager", "foreach", "fused"):
         torch.manual_seed(0)
         ours = nn.Parameter(torch.randn(50))

@@ -1,10 +1,11 @@
 """Fields against each other, and what a good configuration amounts to."""
 
 import copy
+import json
 
 import pytest
 
-from lightning_opt.plan import ConfigError, check
+from lightning_opt.plan import ConfigError, check, data_config, normalised
 
 GOOD = {
     "name": "adamw_nano",
@@ -115,10 +116,18 @@ def test_epochs_wait_for_the_data():
         ({"schedule": {"name": "wsd", "warmup": 0.9, "decay": 0.2}}, "schedule.decay = 0.2: ", "at most 0.1"),
         ({"trainer__max_steps": 5, "trainer__max_tokens": 9}, "trainer.max_tokens = 9: ", "trainer.max_steps"),
         (
-            {"trainer__max_steps": 5, "scale__chinchilla": 1.0, "scale__name": "1x"},
+            {"trainer__max_steps": 5, "scale": {"name": "1x", "tokens": None, "chinchilla": 1.0}},
             "trainer.max_steps = 5: ",
-            "scale=1x",
+            "scale=demo",
         ),
+        ({"trainer__max_steps": 5, "trainer__max_epochs": 1}, "trainer.max_epochs = 1", "trainer.max_steps=null"),
+        ({"scale__chinchilla": 1.0}, "scale.tokens = 1638400: ", "scale.chinchilla = 1.0"),
+        ({"trainer__devices": 2}, "trainer.devices = 2: ", "must be 1"),
+        ({"trainer__num_nodes": 2}, "trainer.num_nodes = 2: ", "must be 1"),
+        ({"trainer__strategy": "fdsp"}, "trainer.strategy = fdsp: ", "auto, ddp"),
+        ({"schedule": {"name": "wsd", "warmup": 0.1, "decay": 0}}, "schedule.decay = 0: ", "> 0"),
+        ({"model__vocab_size": 64}, "model.vocab_size = 64: ", ">= 257"),
+        ({"data__val_fraction": 0.6}, "data.val_fraction = 0.6: ", "<= 0.5"),
         ({"trainer__max_tokens": 100}, "trainer.max_tokens = 100: ", "2048"),
         (
             {"trainer__global_batch_size": 9, "trainer__micro_batch_size": 2},
@@ -131,12 +140,15 @@ def test_epochs_wait_for_the_data():
         ({"data__sequence_length": 512}, "data.sequence_length = 512: ", "256"),
         ({"data__source": "files"}, "data.path = null: ", "data.path="),
         ({"data__weights": {"web": -1}}, "data.weights.web = -1: ", ">= 0"),
-        ({"data__weights": "studi"}, "data.weights = studi: ", "study"),
         ({"name": "../up"}, "name = ../up: ", "folder"),
         ({"name": "a b"}, "name = 'a b': ", "folder"),
         ({"model": {"name": "hf", "path": None}}, "model.path = null: ", "folder"),
         ({"model": {"name": "hf", "path": "./nope"}}, "model.path = ./nope: ", "not found"),
-        ({"model": {"name": "hf", "path": "a/b"}, "scale__chinchilla": 1.0}, "scale.chinchilla = 1.0: ", "max_tokens"),
+        (
+            {"model": {"name": "hf", "path": "a/b"}, "scale": {"name": "1x", "tokens": None, "chinchilla": 1.0}},
+            "scale.chinchilla = 1.0: ",
+            "max_tokens",
+        ),
     ],
 )
 def test_contradictions(changes, start, words):
@@ -156,3 +168,47 @@ def test_missing_path_names_the_closest_entry(tmp_path):
 
 def test_callbacks_keywords_are_not_ours_to_judge():
     check(changed(callbacks={"mine": {"_target_": "x.Y", "lr": "high", "seed": "no"}}))
+
+
+def test_whole_numbers_become_whole_whatever_they_were_written_as():
+    odd = changed(trainer__global_batch_size=8.0, trainer__devices=1.0, scale__tokens=1.6384e6, data__weights={"a": 1})
+    even = changed(trainer__global_batch_size=8, trainer__devices=1, scale__tokens=1638400, data__weights={"a": 1.0})
+    assert json.dumps(normalised(odd)) == json.dumps(normalised(even))
+    assert normalised(odd)["optimizer"]["betas"] == [0.9, 0.95]
+    mine = {"_target_": "x.Y", "lr": "high", "compile": 3}
+    assert normalised(changed(callbacks={"mine": mine}))["callbacks"]["mine"] == mine
+
+
+class TestGivenModel:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        (tmp_path / "config.json").write_text('{"max_position_embeddings": 128}')
+        return tmp_path
+
+    def config(self, path, length=128):
+        model = {"_target_": "lightning_opt.models.hf", "name": "hf", "path": str(path), "context_length": length}
+        return changed(model=model, data__sequence_length=length)
+
+    def test_its_tokenizer_is_used_unless_another_is_given(self, folder):
+        assert data_config(self.config(folder))["tokenizer"]["path"] == str(folder)
+        assert data_config(self.config("org/name"))["tokenizer"]["path"] == "org/name"
+        given = self.config(folder)
+        given["data"]["tokenizer"]["path"] = "mine.json"
+        assert data_config(given) == given["data"]
+        assert data_config(GOOD) == GOOD["data"]
+
+    def test_it_is_not_asked_for_more_than_it_was_made_for(self, folder):
+        check(self.config(folder))
+        with pytest.raises(ConfigError, match=r"^model\.context_length = 256: must be at most 128"):
+            check(self.config(folder, 256))
+
+    def test_a_folder_without_a_model(self, tmp_path):
+        with pytest.raises(ConfigError, match=r"^model\.path = .*config\.json is missing"):
+            check(self.config(tmp_path))
+
+    def test_a_path_into_a_folder_that_is_here_is_no_hub_id(self, folder, monkeypatch):
+        monkeypatch.chdir(folder)
+        (folder / "models").mkdir()
+        check(self.config("hub/name"))
+        with pytest.raises(ConfigError, match=r"^model\.path = models/name: not found"):
+            check(self.config("models/name"))

@@ -2,6 +2,7 @@
 
 import pytest
 
+from lightning_opt.optim import schedules
 from lightning_opt.plan import ConfigError, steps_for_epochs
 from lightning_opt.plan.lengths import split_batch, steps_for_tokens, steps_for_warmup, token_budget
 
@@ -63,7 +64,6 @@ def test_epochs_cover_every_sequence():
 @pytest.mark.parametrize("steps", [1, 3, 20, 50, 799, 800])
 @pytest.mark.parametrize("warmup", [0, 0.01, 0.05, 0.1, 0.37, 1, 7])
 def test_warmup_agrees_with_the_schedule_that_runs(warmup, steps):
-    schedules = pytest.importorskip("lightning_opt.optim.schedules")
     counted = steps_for_warmup(warmup, steps)
     if counted >= steps:
         return

@@ -1,6 +1,7 @@
 """Tuned values: the study's cells against its own published file, and the choice between records."""
 
 import pytest
+import yaml
 
 from lightning_opt.plan import RULES, TunedRecord, check_value, tuned, tuned_records
 from lightning_opt.plan.values import rule_for
@@ -32,7 +33,6 @@ def test_a_named_scale_goes_before_any():
 
 
 def test_the_studys_cells_are_its_own_numbers(shared_data):
-    yaml = pytest.importorskip("yaml")
     file = shared_data.parent / "reference" / "study" / "tuned_hparams.yaml"
     if not file.exists():
         pytest.skip("the study's file is not here")

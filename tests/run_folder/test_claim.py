@@ -137,6 +137,9 @@ def test_the_hash_ignores_order_name_and_resume() -> None:
     same = {"resume": "never", "name": "b", "seed": 1, "optimizer": {"betas": [0.9, 0.95], "lr": 1e-3}}
     assert config_hash(config) == config_hash(same)
     assert config_hash(config) != config_hash({**config, "seed": 2})
+    loading = {**config, "data": {"path": "a", "num_workers": 0, "cache_dir": "x"}}
+    assert config_hash(loading) == config_hash({**loading, "data": {"path": "a", "num_workers": 4, "cache_dir": "y"}})
+    assert config_hash(loading) != config_hash({**loading, "data": {"path": "b", "num_workers": 0, "cache_dir": "x"}})
     assert len(config_hash(config)) == 8
 
 

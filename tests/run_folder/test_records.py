@@ -99,10 +99,11 @@ def test_the_summary_follows_from_the_records(tmp_path: Path) -> None:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    write_json(folder.plan, {"max_steps": 900, "optimizer": "lion", "params_total": 12})
+    write_json(folder.plan, {"max_steps": 900, "optimizer": "lion", "params_total": 12, "tokens_per_step": 2048})
+    write_json(folder.status, {"state": "FINISHED", "step": 903})  # the last step need not have a row
     summary = summarize(folder)
-    assert summary["steps"] == 900
-    assert summary["tokens"] == 900 * 2048
+    assert summary["steps"] == 903
+    assert summary["tokens"] == 903 * 2048
     assert summary["train_loss"] == pytest.approx(statistics.fmean(8 - step / 200 for step in (870, 880, 890, 900)))
     assert summary["val_loss"] == 4.25
     assert summary["val_loss_by_corpus"] == {"web": 4.5}

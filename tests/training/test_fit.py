@@ -14,7 +14,7 @@ import torch
 from lightning_opt import models, optim, training
 from lightning_opt.optim import schedules
 from lightning_opt.plan import RunPlan
-from lightning_opt.run_folder import Diverged, Status, read_metrics
+from lightning_opt.run_folder import Diverged, RunFolder, Status, read_metrics
 
 VOCABULARY, LENGTH = 32, 16
 PLAN = RunPlan(
@@ -36,7 +36,7 @@ TRAINER = {
     "strategy": "auto",
     "log_every_n_steps": 1,
     "deterministic": True,
-    "val_batches": 2,
+    "val_sequences": 8,
     "compile": False,
 }
 OPTIMIZER = {
@@ -101,7 +101,7 @@ def run(
         {"a": Sequences(), "b": Sequences()},
         micro_batch_size=plan.micro_batch_size,
         micro_batches=plan.max_steps * plan.accumulate,
-        val_batches=2,
+        val_sequences=8,
         num_workers=workers,
     )
     with Status(folder / "status.json", "0" * 8) as status:
@@ -111,7 +111,7 @@ def run(
             plan,
             config={**TRAINER, **trainer},
             precision=precision,
-            folder=folder,
+            folder=RunFolder(folder),
             columns=["val/loss/a", "val/loss/b"],
             callbacks=callbacks,
             loggers=[],
@@ -192,7 +192,7 @@ def test_validation_is_the_mixtures_mean_and_bits_per_byte(tmp_path: Path) -> No
     module = run(tmp_path)
     columns = {name: values[-1] for name, values in read_metrics(tmp_path / "metrics.csv").items()}
     data = Sequences()
-    items = [data[i] for i in range(8)]
+    items = [data[i * 64 // 8] for i in range(8)]  # evenly spread
     with torch.no_grad():
         loss = models.causal_lm_loss(
             module.model.eval(), torch.stack([i["input_ids"] for i in items]), torch.stack([i["labels"] for i in items])
@@ -201,6 +201,22 @@ def test_validation_is_the_mixtures_mean_and_bits_per_byte(tmp_path: Path) -> No
     assert columns["val/loss"] == pytest.approx((2 * columns["val/loss/a"] + columns["val/loss/b"]) / 3, rel=1e-6)
     assert columns["val/perplexity"] == pytest.approx(np.exp(columns["val/loss"]), rel=1e-5)
     assert columns["val/bits_per_byte"] == pytest.approx(columns["val/loss"] / np.log(2) / 2, rel=1e-5)
+
+
+def test_validation_does_not_depend_on_the_batch_split(tmp_path: Path) -> None:
+    """At a rate that rounds away every update, the weights stay the same."""
+    for size in (1, 4):
+        plan = replace(PLAN, max_steps=1, micro_batch_size=size, accumulate=4 // size, val_every_n_steps=1)
+        run(tmp_path / str(size), plan=plan, optimizer={"lr": 1e-30})
+    one, four = (read_metrics(tmp_path / str(size) / "metrics.csv")["val/loss"] for size in (1, 4))
+    assert one == pytest.approx(four, rel=1e-6)
+
+
+def test_first_and_last_step_are_logged_whatever_the_interval(tmp_path: Path) -> None:
+    run(tmp_path, plan=replace(PLAN, max_steps=25, val_every_n_steps=30), log_every_n_steps=10)
+    columns = read_metrics(tmp_path / "metrics.csv")
+    assert columns["step"] == [1, 10, 20, 25]
+    assert None not in columns["train/loss"]
 
 
 def test_rates_are_those_the_step_used(tmp_path: Path) -> None:
@@ -248,7 +264,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(tmp_path: Path) -
 
 def test_overfitting_one_batch(tmp_path: Path) -> None:
     data = training.TokenDataModule(
-        Sequences(), {}, micro_batch_size=2, micro_batches=3, val_batches=0, overfit_batches=1
+        Sequences(), {}, micro_batch_size=2, micro_batches=3, val_sequences=0, overfit_batches=1
     )
     batches = [batch["input_ids"].tolist() for batch in data.train_dataloader()]
     assert len(batches) == 3

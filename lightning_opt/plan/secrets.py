@@ -1,0 +1,81 @@
+"""Takes what looks like a password, key or access token out of whatever is written to disk or shown."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+REDACTED = "[redacted]"
+
+_SECRET_WORDS = {"token", "key", "apikey", "password", "passwd", "pwd", "passphrase", "secret", "credential"}
+_SECRET_WORDS |= {"credentials", "auth", "authorization", "bearer", "cookie"}
+_PASSWORDS = {"password", "passwd", "pwd", "passphrase", "secret"}  # secret even where they are a number
+_NO_SECRETS = re.compile(r"^(?:num|max|min|n)_|(?:^|_)(?:pad|eos|bos|unk|mask|sep|cls|special|per)_tokens?(?:_|$)")
+_KIND_BEFORE = re.compile(r"\b(?:pad|eos|bos|unk|mask|sep|cls|special|per)[ -]$", re.IGNORECASE)
+_LITERAL = re.compile(
+    r"\b(?:sk|pk|rk)-[A-Za-z0-9_-]{12,}"
+    r"|\b(?:hf|ghp|gho|ghs|ghu|glpat|pypi|xoxb|xoxp|npm)[_-][A-Za-z0-9_-]{12,}"
+    r"|\bgithub_pat_[A-Za-z0-9_]{12,}"
+    r"|\bAKIA[A-Z0-9]{12,}"
+    r"|\beyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}(?:\.[A-Za-z0-9_-]+)?"
+    r"|(?<=Bearer )[^\s,;'\"]+"
+    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
+)
+# A bare value may hold `${...}`; one that opens a map or a list is looked into, not taken whole.
+_NAMED = re.compile(
+    r"(?<![\w.-])(?P<name>[A-Za-z_][\w./@-]{0,80})(?P<sign>['\"]?\s*[=:]\s*)"
+    r"(?P<value>'[^']*'|\"[^\"]*\"|(?![{\[])(?:\$\{[^}]*\}|[^\s,;&}\]])+)"
+)
+_ENVIRONMENT = re.compile(r"\$\{oc\.env:[^,}]+\}")
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether a field of this name holds something not to be shown (``api_key``, ``wandb.token``, ``authToken``)."""
+    words = _words(name)
+    return any(word in _SECRET_WORDS for word in words) and not _NO_SECRETS.search("_".join(words))
+
+
+def _words(name: str) -> list[str]:
+    last = re.split(r"[./@]", name)[-1]
+    return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[0-9]+", last)]
+
+
+def clean_text(text: str) -> str:
+    """The text without the values of ``name=value`` pairs that name a secret, or literals that look like one."""
+
+    def hide(match: re.Match[str]) -> str:
+        if REDACTED in match[0] or not is_secret_name(match["name"]) or _harmless(match["value"]):
+            return match[0]
+        if _KIND_BEFORE.search(text, 0, match.start()):
+            return match[0]
+        return f"{match['name']}{match['sign']}{REDACTED}"
+
+    text = text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair, as JSON may hold, cannot be written
+    text = _LITERAL.sub(REDACTED, text)
+    return _NAMED.sub(hide, text)
+
+
+def clean(value: Any, name: str = "") -> Any:
+    """A copy of a tree of dicts, lists and plain values with every secret replaced by ``[redacted]``.
+
+    Args:
+        value: the tree.
+        name: of the field that holds it.
+    """
+    if isinstance(value, dict):
+        return {clean_text(str(key)): clean(item, str(key)) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [clean(item, name) for item in value]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return REDACTED if set(_words(name)) & _PASSWORDS else value
+    if not isinstance(value, str):
+        return value
+    if name and is_secret_name(name) and not _harmless(value):
+        return REDACTED
+    return clean_text(value)
+
+
+def _harmless(value: str) -> bool:
+    """Words that tell nothing: empty, null, a flag, or the name of an environment variable and nothing beside it."""
+    bare = value.strip("'\"")
+    return bare.lower() in {"", "null", "none", "true", "false"} or bool(_ENVIRONMENT.fullmatch(bare))
