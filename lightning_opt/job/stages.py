@@ -11,7 +11,7 @@ from typing import Any
 from lightning_opt.job import notices, record
 from lightning_opt.job.logs import run_log
 from lightning_opt.job.signals import Terminated, terminable
-from lightning_opt.plan import ConfigError, RunPlan, check
+from lightning_opt.plan import ConfigError, RunPlan, check, data_config
 from lightning_opt.run_folder import (
     Diverged,
     ExitCode,
@@ -117,7 +117,7 @@ def _train_and_evaluate(order: Order, folder: RunFolder, status: Status) -> str 
     config = order.config
     device = training.choose_device(config["trainer"]["accelerator"])
     training.prepare(config["seed"], config["trainer"]["num_threads"])
-    token_data = data.build(_data_config(config), seed=config["seed"])
+    token_data = data.build(data_config(config), seed=config["seed"])
     plan = order.plan if order.plan.max_steps else check(config, sequences=len(token_data.train))
     model = models.build(
         config["model"],
@@ -182,15 +182,6 @@ def _train_and_evaluate(order: Order, folder: RunFolder, status: Status) -> str 
     if fitted.stopped_by is None:
         _evaluate(order, folder, model, token_data.tokenizer, device)
     return fitted.stopped_by
-
-
-def _data_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A model that brings its tokenizer is trained with it."""
-    path = config["model"].get("path")
-    tokenizer = config["data"]["tokenizer"]
-    if not path or tokenizer.get("path"):
-        return config["data"]
-    return {**config["data"], "tokenizer": {**tokenizer, "path": path}}
 
 
 def _validation_weights(token_data: Any) -> dict[str, float]:

@@ -94,7 +94,7 @@ def _run(cfg: DictConfig) -> int:
 
 
 def _claim(root: Path, config: dict[str, Any]) -> RunFolder:
-    field, place = ("hydra.sweep.dir", root) if _named_folder is None else ("hydra.run.dir", _named_folder)
+    field, place = "hydra.sweep.dir" if root != RUNS else "hydra.run.dir", _named_folder or root
     try:
         return claim(root, config["name"], config_hash(config), resume=config["resume"], path=_named_folder)[0]
     except FolderRefused as error:

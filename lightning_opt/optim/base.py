@@ -14,8 +14,7 @@ from lightning_opt.optim.catalogue import find_rule
 from lightning_opt.optim.clipping import Clipping
 from lightning_opt.optim.saved import fitted, plain
 from lightning_opt.optim.storage import bytes_held, local, state_dtypes, warn_of_lost_updates
-from lightning_opt.optim.words import closest
-from lightning_opt.plan import ConfigError, check_value
+from lightning_opt.plan import ConfigError, check_value, one_of
 
 # Every rule has these; a rule adds its own (`Rule.defaults`).
 COMMON: dict[str, Any] = {
@@ -310,7 +309,7 @@ class Optimizer(torch.optim.Optimizer):
 def _refuse_unknown(spec: Rule, hyper: Mapping[str, Any]) -> None:
     for key, value in hyper.items():
         if key not in _ALLOWED and key not in spec.defaults:
-            raise ConfigError(f"{spec.name}.{key}", value, closest(key, [*COMMON, *spec.defaults]))
+            raise ConfigError(f"{spec.name}.{key}", value, one_of(key, [*COMMON, *spec.defaults]))
 
 
 def _checked(spec: Rule, group: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from lightning_opt.optim.words import closest
+from lightning_opt.plan import ConfigError, one_of
 
 if TYPE_CHECKING:
     from lightning_opt.kernels import Rule
@@ -29,7 +29,5 @@ def find_rule(name: str, *, field: str = "rule") -> Rule:
         ConfigError: for an unknown name, with the closest right one.
     """
     if name not in OPTIMIZERS:
-        from lightning_opt.plan import ConfigError
-
-        raise ConfigError(field, name, closest(name, OPTIMIZERS))
+        raise ConfigError(field, name, one_of(name, OPTIMIZERS))
     return importlib.import_module(f"lightning_opt.optim.{name}").RULE

@@ -10,8 +10,7 @@ from torch import nn
 from lightning_opt.anatomy import ROLES, describe
 from lightning_opt.optim.base import COMMON, Optimizer
 from lightning_opt.optim.catalogue import find_rule
-from lightning_opt.optim.words import closest
-from lightning_opt.plan import ConfigError, check_value
+from lightning_opt.plan import ConfigError, check_value, one_of
 
 _TOP_ONLY = {"name", "roles"}
 _EVERYWHERE = {"lr_scale", "clip_group", *COMMON}
@@ -53,7 +52,7 @@ def _entries(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     roles = {role: dict(entry) for role, entry in (config.get("roles") or {}).items() if entry is not None}
     for role in roles:
         if role != "default" and role not in ROLES:
-            raise ConfigError("optimizer.roles", role, closest(role, ["default", *ROLES]))
+            raise ConfigError("optimizer.roles", role, one_of(role, ["default", *ROLES]))
     default = {"rule": config.get("name", "adamw"), **roles.get("default", {})}
     entries = {role: entry if "rule" in entry else {**default, **entry} for role, entry in roles.items()}
     entries["default"] = default
@@ -61,13 +60,13 @@ def _entries(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     known = {*_TOP_ONLY, *_EVERYWHERE, *(key for rule in rules for key in rule.defaults)}
     for key, value in config.items():
         if key not in known:
-            raise ConfigError(f"optimizer.{key}", value, closest(key, known))
+            raise ConfigError(f"optimizer.{key}", value, one_of(key, known))
     for role, entry in entries.items():
         rule = find_rule(entry["rule"])
         for key, value in entry.items():
             if key != "rule" and key not in _EVERYWHERE and key not in rule.defaults:
                 raise ConfigError(
-                    f"optimizer.roles.{role}.{key}", value, closest(key, ["rule", *_EVERYWHERE, *rule.defaults])
+                    f"optimizer.roles.{role}.{key}", value, one_of(key, ["rule", *_EVERYWHERE, *rule.defaults])
                 )
     return entries
 

@@ -23,8 +23,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lightning_opt.optim.words import closest
-from lightning_opt.plan import ConfigError, check_value
+from lightning_opt.plan import ConfigError, check_value, one_of
 
 Schedule = Callable[[int], float]
 
@@ -75,10 +74,10 @@ def build(config: Mapping[str, Any], max_steps: int) -> Schedule:
     known = ("name", "warmup", "min_ratio", "decay")
     for key in config:
         if key not in known:
-            raise ConfigError(f"schedule.{key}", config[key], closest(key, known))
+            raise ConfigError(f"schedule.{key}", config[key], one_of(key, known))
     name = str(config.get("name", "linear"))
     if name not in SHAPES:
-        raise ConfigError("schedule.name", name, closest(name, SHAPES))
+        raise ConfigError("schedule.name", name, one_of(name, SHAPES))
     amounts = {
         key: check_value(key, config[key], field=f"schedule.{key}") if config.get(key) is not None else default
         for key, default in (("warmup", 0.0), ("min_ratio", 0.0), ("decay", 0.2))

@@ -7,7 +7,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from data_samples import make_texts
@@ -15,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+from lightning_opt import data
 from lightning_opt.data import tokenizer as t
 from lightning_opt.plan import ConfigError
 
@@ -90,7 +93,7 @@ def test_training_is_the_same_in_another_process_whatever_its_threads(tmp_path: 
 
 
 def test_a_vocabulary_smaller_than_the_bytes_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"data\.tokenizer\.vocab_size = 256: must be >= 257"):
+    with pytest.raises(ConfigError, match=r"data\.tokenizer\.vocab_size = 256: must be a whole number >= 257"):
         t.train_tokenizer(["x"], 256)
     assert t.train_tokenizer(["x"], 257).get_vocab_size() == 257
 

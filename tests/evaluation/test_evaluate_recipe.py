@@ -57,7 +57,8 @@ def test_help_shows_examples(repository: Path) -> None:
     assert "python -m recipes.evaluate ./my-llama --suite full" in done.stdout
     # Every option that an example takes is one that the parser knows and explains.
     usage, _, examples = done.stdout.partition("examples:")
-    options = {word for word in examples.split() if word.startswith("--")}
+    commands = [line for line in examples.splitlines() if line.strip().startswith("python ")]
+    options = {word for line in commands for word in line.split() if word.startswith("--")}
     assert options >= {"--suite", "--data-dir", "--limit", "--tasks", "--out", "--export-tasks"}
     assert all(f"\n  {option} " in usage for option in options)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from importlib.util import find_spec
 
 import pytest
 import yaml
@@ -184,3 +185,78 @@ def test_instantiate_hands_down_plain_lists(jobs):
     assert made == {"a": [1, {"b": [2]}], "c": [3]}
     partial = build({"_target_": "builtins.dict", "_partial_": True, "x": [1]})
     assert_plain(partial.keywords["x"])
+
+
+def test_what_a_constructor_refuses_stays_what_it_refused():
+    from fractions import Fraction
+
+    from lightning_opt.launch import instantiate
+    from lightning_opt.plan import ConfigError
+
+    with pytest.raises(ZeroDivisionError):
+        instantiate({"_target_": "fractions.Fraction", "numerator": 1, "denominator": 0})
+    assert instantiate({"_target_": "fractions.Fraction", "numerator": 1, "denominator": 2}) == Fraction(1, 2)
+    with pytest.raises(ConfigError, match=r"^lr = -1: "):
+        instantiate(
+            {
+                "_target_": "builtins.dict",
+                "a": {"_target_": "lightning_opt.plan.check_value", "name": "lr", "value": -1},
+            }
+        )
+
+
+def test_whole_numbers_reach_the_job_whole_and_hash_alike(jobs):
+    assert main(["trainer.global_batch_size=8.0", "trainer.devices=1.0", "trainer.max_tokens=1e6", *OFF]) == 0
+    assert main(["trainer.global_batch_size=8", "trainer.devices=1", "trainer.max_tokens=1000000", *OFF]) == 0
+    odd, even = (job["config"] for job in jobs)
+    assert type(odd["trainer"]["global_batch_size"]) is int
+    assert config_hash(odd) == config_hash(even)
+    assert_plain(odd)
+
+
+class TestGivenModel:
+    def test_a_hub_id_brings_its_tokenizer(self, jobs):
+        assert main(["model=hf", "model.path=some-org/model", *OFF]) == 0
+        assert jobs[0]["config"]["model"]["path"] == "some-org/model"
+
+    def test_a_folder_that_is_too_short_for_the_sequences(self, jobs, tmp_path, capsys):
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "config.json").write_text('{"max_position_embeddings": 64}')
+        assert main(["model=hf", "model.path=mine", *OFF]) == 2
+        assert capsys.readouterr().err.startswith("model.context_length = 256: must be at most 64")
+
+
+@pytest.mark.parametrize("named", ["taken", "taken/file.txt", "/proc/none"])
+def test_a_folder_that_cannot_be_used_is_refused_in_one_line(jobs, tmp_path, capsys, named):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file.txt").write_text("mine")
+    assert main([f"hydra.run.dir={named}", *OFF]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"hydra.run.dir = {named}: must be ")
+    assert len(error.splitlines()) == 1
+    assert not jobs
+
+
+def test_a_logger_whose_package_is_missing(jobs, capsys, monkeypatch):
+    from lightning_opt.launch import targets
+
+    monkeypatch.setattr(targets, "find_spec", lambda name: None if name == "wandb" else find_spec(name))
+    assert main(["logger=wandb", *OFF]) == 2
+    assert capsys.readouterr().err.strip().endswith("pip install wandb")
+
+
+@pytest.mark.slow
+def test_a_sweep_trains_for_real(train_py, tmp_path):
+    words = ["the", "house", "river", "falls", "under", "a", "tree", "12", "blue"]
+    (tmp_path / "texts").mkdir()
+    for corpus in ("web", "code"):
+        lines = [" ".join(words[(k * j + len(corpus)) % len(words)] for j in range(60)) for k in range(400)]
+        (tmp_path / "texts" / f"{corpus}.jsonl").write_text("".join(json.dumps({"text": x}) + "\n" for x in lines))
+    command = (
+        "-m optimizer=adamw,lion model=femto model.vocab_size=300 model.context_length=32 data=files evaluation=none"
+    )
+    done = train_py(*command.split(), "data.path=texts", "data.val_fraction=0.1", "trainer.max_steps=3", "scale=demo")
+    assert done.code == 0, done.err
+    states = [json.loads(path.read_text()) for path in tmp_path.glob("runs/*/*/summary.json")]
+    assert sorted(state["optimizer"] for state in states) == ["adamw", "lion"]
+    assert {(state["state"], state["steps"]) for state in states} == {("FINISHED", 3)}

@@ -42,6 +42,12 @@ def test_completion_completes(train_py):
     assert "optimizer=lion" in done.out
 
 
+def test_showing_the_configuration_takes_new_keys_too(train_py):
+    done = train_py("--cfg", "job", "--package", "callbacks", "callbacks.mine._target_=builtins.dict")
+    assert done.code == 0, done.err
+    assert "mine:\n  _target_: builtins.dict\n" in done.out
+
+
 @pytest.mark.parametrize("flag", [["--cfg", "job"], ["--info", "defaults-tree"], ["--hydra-help"], ["--version"]])
 def test_hydras_own_flags_work(train_py, tmp_path, flag):
     done = train_py(*flag)

@@ -35,7 +35,7 @@ def test_a_secret_on_the_command_line_is_blotted_out(told):
     text, config = told(LOGGER, f"logger.mine.api_key={SECRET}")
     assert config["logger"]["mine"]["api_key"] == SECRET
     assert SECRET not in text
-    assert "logger.mine.api_key=***" in text
+    assert "logger.mine.api_key=[redacted]" in text
 
 
 def test_a_secret_inside_a_map_is_blotted_out(told):
@@ -46,10 +46,10 @@ def test_a_secret_inside_a_map_is_blotted_out(told):
 @pytest.mark.parametrize(
     ("line", "kept"),
     [
-        ("logger.wandb.api_key=abc", "logger.wandb.api_key=***"),
-        ("+logger.x.hf_token=abc", "+logger.x.hf_token=***"),
+        ("logger.wandb.api_key=abc", "logger.wandb.api_key=[redacted]"),
+        ("+logger.x.hf_token=abc", "+logger.x.hf_token=[redacted]"),
         ("logger.x.token=${oc.env:T}", "logger.x.token=${oc.env:T}"),
-        ("logger.x={password: abc, a: 1}", "logger.x={password: ***, a: 1}"),
+        ("logger.x={password: abc, a: 1}", "logger.x={password:[redacted],a:1}"),
         ("trainer.max_tokens=5", "trainer.max_tokens=5"),
         ("data.tokenizer.path=x", "data.tokenizer.path=x"),
         ("optimizer=lion", "optimizer=lion"),
@@ -57,3 +57,46 @@ def test_a_secret_inside_a_map_is_blotted_out(told):
 )
 def test_redact(line, kept):
     assert redact([line]) == [kept]
+
+
+HIDDEN = [
+    ("logger.mine={{_target_: {csv}, token: {secret}}}"),
+    ("logger.mine={{_target_: {csv}, access_token: {secret}}}"),
+    ("logger.mine={{_target_: {csv}, headers: {{Authorization: 'Bearer {secret}'}}}}"),
+    ("logger.mine={{_target_: {csv}, api_key: '${{oc.env:MY_NAME}} {secret}'}}"),
+    ("logger.mine={{_target_: {csv}, many: [{{password: {secret}}}]}}"),
+    ("logger.mine.wandbApiKey={secret}"),
+    ("logger.mine.access_key_id={secret}"),
+    ("logger.mine.url=https://me:{secret}@host"),
+    ("logger.mine.hf_token='${{oc.env:MY_NAME}}{secret}'"),
+    ("logger.mine.auth_header={secret}"),
+    ("logger.mine.token=a {secret}"),
+]
+
+
+@pytest.mark.parametrize("secret", ["s1x", SECRET])
+@pytest.mark.parametrize("line", HIDDEN)
+def test_hidden_wherever_it_stands(told, monkeypatch, line, secret):
+    monkeypatch.setenv("MY_NAME", "me")
+    first = [] if "csv" in line else [LOGGER]
+    text, config = told(*first, line.format(secret=secret, csv="lightning.pytorch.loggers.CSVLogger"))
+    assert secret in str(config["logger"])  # the job itself needs it
+    assert secret not in text
+    assert "[redacted]" in text
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "logger.x.tokens=5",
+        "logger.x.max_tokens=word",
+        "logger.x.tokenizer=org/name",
+        "logger.x.eos_token=word",
+        "logger.x={eos token: word, num_key_value_heads: four}",
+        "logger.x.note='the eos token: word'",
+        "logger.x={token: '${oc.env:A}', a: 1}",
+        "~callbacks.memory",
+    ],
+)
+def test_no_secret(line):
+    assert redact([line]) == [line]

@@ -272,7 +272,7 @@ def test_wrong_hyperparameters_are_refused_in_one_line(name):
             make(name, p, **wrong)
         assert "\n" not in str(error.value)
         assert next(iter(wrong)) in str(error.value)
-        assert f"{word} (did you mean" in str(error.value)
+        assert f"did you mean {word}?" in str(error.value)
     bad = [
         {"lr": -1.0},
         {"lr": float("nan")},
