@@ -3,10 +3,11 @@
 Run: ``python -m benchmarks.callback_overhead --sleep-ms 50 --steps 60 --pairs 3``
 
 A step does what training does to the callbacks (real gradients of a 1M-parameter model, clipping and update by our
-Lion, a logger, a progress line every 10 steps) on top of a sleep of ``--sleep-ms``, the same in both runs: a step lasts
-the sleep and the work, and the column *without ms* tells how long that is. Printed per pair: wall time of a step with and without, their ratio, and the processor time
-that a step takes more with callbacks: the steadier figure where other work shares the machine. Each is the mean of the
-run's least disturbed block of 10 steps, one of which logs; the first 10 steps of each run do not count.
+Lion, a logger, a progress line every 10 steps) on top of a sleep of ``--sleep-ms``, the same in both runs: it lasts the
+sleep and the work, as the column *without ms* tells. Printed per pair: wall time of a step with and without, their
+ratio, and the processor time that a step takes more with callbacks: the steadier figure where other work shares the
+machine. Each is the mean of the run's least disturbed block of 10 steps, one of which logs; the first 10 steps of each
+run do not count.
 """
 
 from __future__ import annotations
@@ -100,9 +101,7 @@ def best(marks: list[float], steps: int) -> float:
 def main() -> None:
     """Prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--sleep-ms", type=float, default=50.0, help="sleep in each step, its work comes on top (default 50)"
-    )
+    parser.add_argument("--sleep-ms", type=float, default=50.0, help="sleep in each step, work on top (default 50)")
     parser.add_argument("--steps", type=int, default=60, help="counted steps per run (default 60)")
     parser.add_argument("--pairs", type=int, default=3, help="runs with and without (default 3)")
     parser.add_argument("--optimizer", choices=["ours", "torch"], default="ours")

@@ -21,7 +21,8 @@ def shown_path(folder: Path) -> str:
 def next_commands(run: Run) -> tuple[tuple[str, str], ...]:
     """Pairs of what it does and the command.
 
-    Where it is not known what was asked, no command claims to repeat it. A secret that was on the command line is not repeated: its place says so and has to be filled in.
+    Where it is not known what was asked, no command claims to repeat it. A secret that was on the command line is not
+    repeated: its place says so and has to be filled in.
     """
     path = shlex.quote(shown_path(run.folder))
     again = "Train again with the same configuration and seed"

@@ -78,7 +78,7 @@ def test_low_precision_gradients_are_summed_in_float32(dtype: torch.dtype) -> No
     for parameter in parameters:
         parameter.grad = torch.randn(100, 100, generator=generator).to(dtype)
     exact = np.linalg.norm(np.concatenate([p.grad.double().numpy().ravel() for p in parameters]))
-    assert float(total_norm(torch.optim.SGD(parameters, lr=0.1))) == pytest.approx(exact, rel=1e-6)
+    assert float(total_norm(torch.optim.SGD(parameters, lr=0.1))) == pytest.approx(exact, rel=1e-5)
 
 
 class Clipping(torch.optim.SGD):

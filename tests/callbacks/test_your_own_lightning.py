@@ -18,6 +18,7 @@ NOT_NEEDED = {
     "datasets",
     "matplotlib",
     "psutil",
+    "jinja2",
     "yaml",
     "rich",
 }
@@ -45,7 +46,7 @@ print("MODULES", json.dumps(sorted(sys.modules)))
 
 
 def watched_run(script: Path, repository: Path, cwd: Path) -> tuple[str, set[str], set[str]]:
-    """What it prints, the modules that the script's and our files ask for, and all modules that are there at its end."""
+    """What it prints, the modules that the script's and our files ask for, and all modules there are at its end."""
     environment = {**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", WATCHED, str(script)]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)

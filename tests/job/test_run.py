@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +69,18 @@ class Door:
             cwd=self.folder,
             env=self.environment(),
             timeout=300,
+        )
+
+    def start(self, command: list[str]) -> subprocess.Popen[str]:
+        """Starts a command to be signalled; a background shell hands down an ignored Ctrl-C, which is undone."""
+        return subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=self.folder,
+            env=self.environment(),
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def folders(self) -> list[Path]:
@@ -140,9 +151,7 @@ def test_a_run_that_is_stopped_says_so_and_the_same_command_takes_its_folder(
     door: Door, number: int, code: int
 ) -> None:
     command = door.command("trainer.max_steps=100000")
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=door.folder, env=door.environment()
-    )
+    process = door.start(command)
     while not (line := process.stdout.readline()).startswith("step 5"):
         assert line or process.poll() is None
     process.send_signal(number)
@@ -151,11 +160,9 @@ def test_a_run_that_is_stopped_says_so_and_the_same_command_takes_its_folder(
     (folder,) = door.folders()
     assert read(folder / "status.json")["state"] == "PREEMPTED"
     assert 5 <= read(folder / "status.json")["step"] < 100000
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=door.folder, env=door.environment()
-    )
-    while not process.stdout.readline().startswith("run "):
-        time.sleep(0)
+    process = door.start(command)
+    while not (line := process.stdout.readline()).startswith("run "):
+        assert line or process.poll() is None
     process.kill()
     process.wait()
     assert door.folders() == [folder]
@@ -164,14 +171,7 @@ def test_a_run_that_is_stopped_says_so_and_the_same_command_takes_its_folder(
 def test_sigterm_while_scoring_is_told_too(door: Door) -> None:
     """Lightning's own handler is gone by then."""
     command = door.command("trainer.max_steps=2", "evaluation=mini")
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=door.folder,
-        env=door.environment(),
-    )
+    process = door.start(command)
     while not (line := process.stdout.readline()).startswith("evaluation"):
         assert line or process.poll() is None
     process.send_signal(signal.SIGTERM)

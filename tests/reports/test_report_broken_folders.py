@@ -36,8 +36,31 @@ def test_a_missing_file_is_said_and_breaks_nothing(make_run: Make, tmp_path: Pat
     page = drawn(folder)
     assert page.faults == []
     assert BROKEN not in texts(folder)
-    if name not in ("overrides.txt", "events.jsonl"):
+    if name != "events.jsonl":
         assert f"Not in this folder: {name}" in page.text
+    assert ("None: no step was skipped" in page.text) == (name == "events.jsonl")
+    assert ("What was asked on the command line is not known." in page.text) == (name == "overrides.txt")
+    assert ("python train.py" in page.text) == (name != "overrides.txt")
+    assert "beyond the defaults" not in page.text
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe\x00", b"not json\nnor this\n"])
+def test_unreadable_events_are_not_no_events(make_run: Make, tmp_path: Path, content: bytes) -> None:
+    folder = make_run(tmp_path / "run", rows=FEW)
+    (folder / "events.jsonl").write_bytes(content)
+    page = drawn(folder)
+    assert "Not known: events.jsonl cannot be read." in page.text
+    assert "no step was skipped" not in page.text
+
+
+def test_without_tuned_values_the_rate_that_was_asked_is_no_default(make_run: Make, tmp_path: Path) -> None:
+    for planned, words in (
+        (plan() | {"tuned": None}, "No tuned values were used: what was not asked is the configuration's own default."),
+        ({k: v for k, v in plan().items() if k != "tuned"}, "Whether tuned values were used is not known."),
+    ):
+        folder = make_run(tmp_path / "run", rows=FEW, plan=planned, overrides=["optimizer.lr=3e-3"])
+        assert f"Asked on the command line: optimizer.lr=3e-3. {words}" in drawn(folder).text
+        assert words.split(":")[0] in (folder / "MODEL_CARD.md").read_text()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1, 2", "null", "\x00\xff", "step,train/loss\n1"])

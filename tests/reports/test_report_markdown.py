@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from markdown_it import MarkdownIt
-from synthetic_run import evaluation, metric_rows
+from synthetic_run import config, evaluation, metric_rows
 
 from lightning_opt import reports
 from lightning_opt.reports.markdown import escape, fence, table
@@ -88,6 +88,50 @@ def test_the_card_lists_comparable_scores(make_run: Callable[..., Path], tmp_pat
     assert [result["dataset"]["type"] for result in results] == ["hellaswag", "mmlu"]
     assert results[1]["metrics"][0]["value"] == 0.27
     assert results[1]["dataset"]["args"] == {"num_few_shot": 5}
+
+
+def test_the_card_lists_only_the_tasks_that_are_comparable(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    scores = evaluation() | {"suite": "full", "comparable": False}
+    scores["hellaswag"] |= {"comparable": True, "why_not": ""}
+    scores["mmlu"] |= {"comparable": False, "why_not": "83 of 100 prompts were cut"}
+    folder = make_run(tmp_path / "run", rows=FEW, evaluation=scores)
+    reports.write(folder)
+    header, body = (folder / "MODEL_CARD.md").read_text().split("---\n", 2)[1:]
+    results = yaml.safe_load(header)["model-index"][0]["results"]
+    assert [result["dataset"]["type"] for result in results] == ["hellaswag"]
+    assert "MMLU: 83 of 100 prompts were cut." in body
+    assert "mini" not in body
+
+
+def test_equal_likelihoods_are_an_alarm_and_no_score(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    scores = evaluation() | {"suite": "full", "comparable": True}
+    scores["mmlu"] |= {"degenerate": True}
+    folder = make_run(tmp_path / "run", rows=FEW, evaluation=scores)
+    reports.write(folder)
+    for name in ("report.md", "MODEL_CARD.md"):
+        body = (folder / name).read_text()
+        assert body.index("**MMLU: every choice of every item got the same likelihood") < body.index("Lion trained")
+        assert "MMLU 0.270" not in body
+        assert "no score: every choice" in body
+    assert "acc_norm" in (folder / "MODEL_CARD.md").read_text().split("---\n", 2)[1]
+    assert "mmlu" not in (folder / "MODEL_CARD.md").read_text().split("---\n", 2)[1]
+    assert 'class="alarm" style="--tone: var(--bad)"' in (folder / "report.html").read_text()
+
+
+def test_a_continued_model_names_its_origin(
+    make_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    for path, base in (("models/mine", None), ("org/name", "org/name"), ("./models/gone", None), (None, None)):
+        asked = config()
+        asked["model"] = {"name": "hf", "path": path} if path else asked["model"]
+        folder = make_run(tmp_path / "run", rows=FEW, config=asked)
+        reports.write(folder)
+        header, body = (folder / "MODEL_CARD.md").read_text().split("---\n", 2)[1:]
+        assert yaml.safe_load(header).get("base_model") == base
+        assert ("Pretrained on raw text only" in body) == (path is None)
+        assert (f"Continued from {path}" in body) == (path is not None)
 
 
 def test_full_scores_with_a_limit_are_not_comparable(make_run: Callable[..., Path], tmp_path: Path) -> None:

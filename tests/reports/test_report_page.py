@@ -113,6 +113,17 @@ def test_scores_with_error_chance_and_judgement(page: Page) -> None:
     assert "mini: not comparable with published numbers" in page.text
 
 
+def test_every_scored_task_has_its_own_key_figure(finished: Path) -> None:
+    body = (finished / "report.md").read_text()
+    assert "- **HellaSwag (mini)**: 0.430 (± 0.050, chance 0.25)" in body
+    assert "- **MMLU (mini)**: 0.270 (± 0.045, chance 0.25)" in body
+    assert "**HumanEval" not in body
+
+
+def test_volatility_is_not_called_wobble_alone(page: Page) -> None:
+    assert "the rolling deviation holds the trend too" in page.text
+
+
 def test_verdict_and_next_commands(finished: Path, page: Page) -> None:
     assert (
         "Lion trained nano (1.07M parameters) on 1.64M tokens to 3.71 nats per token on held-out text, "

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lightning_opt.reports import figures
 from lightning_opt.reports import quantities as q
-from lightning_opt.reports.scores import Score
+from lightning_opt.reports.scores import Score, comparability
 from lightning_opt.reports.series import smooth, sparkline, thin, thirds
 
 
@@ -111,6 +111,8 @@ def test_sparkline_rises_and_falls() -> None:
         (0.36, 0.05, 0.25, "above"),
         (0.10, 0.05, 0.25, "below"),
         (0.0, 0.0, 0.0, "same"),
+        (1 / 164, 0.0061, 0.0, "above"),  # guessing passes nothing: one passed item is no guess
+        (1.0, 0.0, 0.0, "above"),
         (0.5, 0.0, 0.25, "unknown"),
         (0.5, None, 0.25, "unknown"),
         (0.5, 0.05, None, "unknown"),
@@ -119,6 +121,40 @@ def test_sparkline_rises_and_falls() -> None:
 )
 def test_judgement_needs_two_standard_errors(value, stderr, chance, judgement) -> None:
     assert Score("x", value=value, stderr=stderr, chance=chance).judgement == judgement
+
+
+def test_equal_likelihoods_are_no_score() -> None:
+    score = Score("hellaswag", value=0.31, stderr=0.01, chance=0.25, degenerate=True)
+    assert (score.judgement, score.counts) == ("broken", False)
+    assert "no score" in score.words
+
+
+def test_whether_scores_are_comparable_is_said_of_each_task() -> None:
+    fair = Score("hellaswag", value=0.3, suite="full", comparable=True)
+    limited = Score("mmlu", value=0.3, suite="full", why_not="6 of 14042 items")
+    cut = Score("humaneval", value=0.0, suite="full", why_not="4 of 164 prompts cut.")
+    assert comparability([fair]) == "full: the real tasks, comparable with published numbers."
+    assert comparability([fair, limited, Score("humaneval", skipped="no sandbox")]) == (
+        "full: MMLU not comparable with published numbers. MMLU: 6 of 14042 items."
+    )
+    assert comparability([limited, cut]) == (
+        "full: not comparable with published numbers. MMLU: 6 of 14042 items; HumanEval: 4 of 164 prompts cut."
+    )
+    assert "own" not in comparability([limited, cut])
+    assert comparability([Score("mmlu", value=0.3, suite="mini")]).startswith("mini: not comparable")
+    assert comparability([Score("mmlu", skipped="no data", suite="full")]) == ""
+    assert [entry.label for entry in (fair, limited)] == ["HellaSwag", "MMLU (not comparable)"]
+
+
+def test_the_scores_figure_says_no_more_than_is_true() -> None:
+    chance_is_no_zero = Score("mmlu", value=0.3, stderr=0.01, chance=0.25, suite="full", comparable=True)
+    humaneval = Score("humaneval", value=0.01, stderr=0.007, chance=0.0, suite="full", why_not="limit 6")
+    alone, both = (figures.scores("k", entries) for entries in ([chance_is_no_zero], [chance_is_no_zero, humaneval]))
+    assert "cannot be told from guessing." in alone.caption
+    assert "but for HumanEval: guessing scores exactly 0 there." in both.caption
+    assert "HumanEval: limit 6." in both.caption
+    for figure in (alone, both):
+        assert "mini" not in figure.svg + figure.caption
 
 
 def points(svg: str) -> list[list[tuple[float, float]]]:
