@@ -115,13 +115,15 @@ def throughput(key: str, speed: Series, middle: float | None) -> Figure:
     """Tokens per second per device over the run, with its median."""
     with sheet(key) as page:
         page.axes.plot(*thin(speed), color=hexadecimal("blue"), linewidth=1.4)
-        legend = [Legend("each logged step", "blue")]
+        legend = [Legend("mean since the last logged step", "blue")]
         if middle is not None:
             page.axes.axhline(middle, color=hexadecimal("muted"), linewidth=1.2, linestyle=(0, (5, 4)))
             legend.append(Legend(f"median {short(middle)}", "muted", "dashed"))
         page.axes.set_ylim(0, 1.12 * max(speed[1]))
         _finish(page, "step", "tokens per second per device")
-        caption = "A flat line is a healthy run; dips are pauses such as validation, saving, or a busy machine."
+        caption = (
+            "A flat line is a healthy run; dips are slow steps or a busy machine. Validation and saving do not count."
+        )
         rows = curve_rows({"tokens/s per device": speed}, short)
         title = "Speed"
         return Figure(key, title, page.svg(f"{title}. {caption}"), caption, tuple(legend), CURVE_HEADER, rows)
@@ -297,7 +299,7 @@ def scores(key: str, entries: Sequence[Score]) -> Figure:
             axes.plot([value], [place], color=colour, marker="o", markersize=8, clip_on=False)
             axes.text(1.03, place, entry.measured.split(" ±")[0], va="center", transform=axes.get_yaxis_transform())
         axes.set_yticks(range(len(shown)), [entry.title for entry in shown])
-        axes.tick_params(axis="y", labelcolor=hexadecimal("ink"))
+        axes.tick_params(axis="y", labelcolor=hexadecimal("ink"), pad=9)  # a dot at 0 must not touch the name
         axes.set_ylim(max(len(shown), 3) - 0.4, -0.6)
         top = max([min(1.0, (e.value or 0) + 2 * (e.stderr or 0)) for e in shown] + [e.chance or 0 for e in shown])
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))

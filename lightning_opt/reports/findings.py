@@ -177,7 +177,7 @@ def notes(run: Run, entries: Sequence[Score]) -> tuple[str, ...]:
     found = []
     below, compared = _below_unigram(run)
     if compared and len(below) < len(compared):
-        others = ", ".join(name for name in compared if name not in below)
+        others = listed([name for name in compared if name not in below])
         found.append(
             f"On {others} the loss did not fall below the unigram entropy: nothing beyond token frequency is shown."
         )
@@ -190,7 +190,7 @@ def notes(run: Run, entries: Sequence[Score]) -> tuple[str, ...]:
             f"{listed(worse)}: below chance by more than two standard errors; look at the answers before the model."
         )
     if any(entry.counts and not entry.comparable for entry in entries):
-        found.append(f"Scores of the suite {comparability(entries)}")
+        found.append(comparability(entries))
     found.append(
         "One run with one seed (n = 1): it has no spread, so a small difference from another run means nothing."
     )

@@ -121,9 +121,9 @@ def comparability(entries: Sequence[Score]) -> str:
     scored = [entry for entry in entries if entry.counts]
     if not scored:
         return ""
-    name = scored[0].suite or "suite not named"
-    if name == "mini":
-        return "mini: not comparable with published numbers. Small sets of our own, in the formats of the real ones."
+    name = f"Suite {scored[0].suite or 'not named'}"
+    if scored[0].suite == "mini":
+        return f"{name}: not comparable with published numbers. Small sets of our own, in the formats of the real ones."
     unfair = [entry for entry in scored if not entry.comparable]
     if not unfair:
         return f"{name}: the real tasks, comparable with published numbers."

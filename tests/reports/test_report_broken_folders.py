@@ -53,6 +53,14 @@ def test_unreadable_events_are_not_no_events(make_run: Make, tmp_path: Path, con
     assert "no step was skipped" not in page.text
 
 
+def test_no_results_are_missed_where_evaluation_was_turned_off(make_run: Make, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", rows=FEW, config=config() | {"evaluation": {"suite": "none"}}, evaluation=None)
+    (folder / "evaluation/results.json").unlink()
+    page = drawn(folder)
+    assert "Scores: not measured (evaluation was turned off)." in page.text
+    assert "Not in this folder" not in page.text
+
+
 def test_without_tuned_values_the_rate_that_was_asked_is_no_default(make_run: Make, tmp_path: Path) -> None:
     for planned, words in (
         (plan() | {"tuned": None}, "No tuned values were used: what was not asked is the configuration's own default."),

@@ -133,15 +133,15 @@ def test_whether_scores_are_comparable_is_said_of_each_task() -> None:
     fair = Score("hellaswag", value=0.3, suite="full", comparable=True)
     limited = Score("mmlu", value=0.3, suite="full", why_not="6 of 14042 items")
     cut = Score("humaneval", value=0.0, suite="full", why_not="4 of 164 prompts cut.")
-    assert comparability([fair]) == "full: the real tasks, comparable with published numbers."
+    assert comparability([fair]) == "Suite full: the real tasks, comparable with published numbers."
     assert comparability([fair, limited, Score("humaneval", skipped="no sandbox")]) == (
-        "full: MMLU not comparable with published numbers. MMLU: 6 of 14042 items."
+        "Suite full: MMLU not comparable with published numbers. MMLU: 6 of 14042 items."
     )
     assert comparability([limited, cut]) == (
-        "full: not comparable with published numbers. MMLU: 6 of 14042 items; HumanEval: 4 of 164 prompts cut."
+        "Suite full: not comparable with published numbers. MMLU: 6 of 14042 items; HumanEval: 4 of 164 prompts cut."
     )
     assert "own" not in comparability([limited, cut])
-    assert comparability([Score("mmlu", value=0.3, suite="mini")]).startswith("mini: not comparable")
+    assert comparability([Score("mmlu", value=0.3, suite="mini")]).startswith("Suite mini: not comparable")
     assert comparability([Score("mmlu", skipped="no data", suite="full")]) == ""
     assert [entry.label for entry in (fair, limited)] == ["HellaSwag", "MMLU (not comparable)"]
 
