@@ -20,8 +20,10 @@ def summarize(folder: RunFolder | Path) -> dict[str, Any]:
         folder: a run folder, finished or not.
 
     Returns:
-        The keys of ``summary.json``. ``train_loss`` is the mean over the last twentieth of the logged steps, speeds
-        are medians over the logged steps, ``loss_volatility`` the mean over the run of the rolling std/mean.
+        The keys of ``summary.json``. ``train_loss`` is the mean over the last twentieth of the logged steps.
+        ``loss_volatility`` is the mean over the run of the rolling std/mean. Speeds are medians over the logged
+        intervals, each of which is a total: a machine that stalls for a minute does not move them, a cost that
+        comes back every few steps does, as long as it comes back within ``log_every_n_steps``.
     """
     folder = folder if isinstance(folder, RunFolder) else RunFolder(Path(folder))
     plan, env, status = read_json(folder.plan), read_json(folder.env), read_status(folder.status)
