@@ -111,8 +111,6 @@ def _guarded(order: Order, folder: RunFolder, status: Status) -> int:
 def _train_and_evaluate(order: Order, folder: RunFolder, status: Status) -> str | None:
     """The stages that need torch. Returns what stopped the run early, if anything."""
     from lightning_opt import anatomy, data, models, optim, training
-    from lightning_opt.optim import schedules
-    from lightning_opt.plan import flops_per_token
 
     config = order.config
     device = training.choose_device(config["trainer"]["accelerator"])
@@ -127,13 +125,7 @@ def _train_and_evaluate(order: Order, folder: RunFolder, status: Status) -> str 
     )
     described = anatomy.describe(model)
     optimizer = optim.build(model, config["optimizer"])
-    flops = flops_per_token(
-        described.non_embedding,
-        model.config.num_hidden_layers,
-        model.config.hidden_size,
-        plan.sequence_length,
-        model.config.vocab_size,
-    )
+    flops = _flops_per_token(model, described.non_embedding, plan.sequence_length)
     precision = training.choose_precision(config["trainer"]["precision"], config["trainer"]["accelerator"])
     planned = record.planned(
         config,
@@ -149,7 +141,40 @@ def _train_and_evaluate(order: Order, folder: RunFolder, status: Status) -> str 
     write_json(folder.env, env)
     write_json(folder.plan, planned)
     notices.banner(folder.path, planned, env)
-    module = training.PretrainModule(
+    fitted = training.fit(
+        _module(config, plan, model, optimizer, token_data),
+        _batches(config, plan, token_data),
+        plan,
+        config=config["trainer"],
+        precision=precision[0],
+        folder=folder,
+        columns=_columns(token_data.val, {group["role"] for group in optimizer.param_groups}),
+        callbacks=_callbacks(order, folder, plan, flops, token_data.tokenizer),
+        loggers=_loggers(order, folder),
+        status=status,
+    )
+    if fitted.stopped_by is None:
+        _evaluate(order, folder, model, token_data.tokenizer, device)
+    return fitted.stopped_by
+
+
+def _flops_per_token(model: Any, non_embedding: int, sequence_length: int) -> float | None:
+    """Training FLOPs per token; None for a model whose shape is not told the usual way."""
+    from lightning_opt.plan import flops_per_token
+
+    shape = getattr(model, "config", None)
+    sizes = [getattr(shape, name, None) for name in ("num_hidden_layers", "hidden_size", "vocab_size")]
+    if None in sizes:
+        return None
+    layers, hidden, vocabulary = sizes
+    return flops_per_token(non_embedding, layers, hidden, sequence_length, vocabulary)
+
+
+def _module(config: dict[str, Any], plan: RunPlan, model: Any, optimizer: Any, token_data: Any) -> Any:
+    from lightning_opt import training
+    from lightning_opt.optim import schedules
+
+    return training.PretrainModule(
         model,
         optimizer,
         schedules.build(config["schedule"], plan.max_steps),
@@ -157,7 +182,12 @@ def _train_and_evaluate(order: Order, folder: RunFolder, status: Status) -> str 
         token_bytes=token_data.token_bytes,
         z_loss=config["model"].get("z_loss") or 0.0,
     )
-    batches = training.TokenDataModule(
+
+
+def _batches(config: dict[str, Any], plan: RunPlan, token_data: Any) -> Any:
+    from lightning_opt import training
+
+    return training.TokenDataModule(
         token_data.train,
         token_data.val,
         micro_batch_size=plan.micro_batch_size,
@@ -166,22 +196,6 @@ def _train_and_evaluate(order: Order, folder: RunFolder, status: Status) -> str 
         num_workers=config["data"]["num_workers"],
         overfit_batches=config["trainer"]["overfit_batches"],
     )
-    roles = {group["role"] for group in optimizer.param_groups}
-    fitted = training.fit(
-        module,
-        batches,
-        plan,
-        config=config["trainer"],
-        precision=precision[0],
-        folder=folder,
-        columns=_columns(token_data.val, roles),
-        callbacks=_callbacks(order, folder, plan, flops, token_data.tokenizer),
-        loggers=_loggers(order, folder),
-        status=status,
-    )
-    if fitted.stopped_by is None:
-        _evaluate(order, folder, model, token_data.tokenizer, device)
-    return fitted.stopped_by
 
 
 def _validation_weights(token_data: Any) -> dict[str, float]:
