@@ -1,13 +1,12 @@
-"""What do all callbacks together cost? One training loop with and without them, run by turns.
+"""What do all callbacks together cost? The same Lightning loop with and without them, by turns.
 
-Run: ``python -m benchmarks.callback_overhead --sleep-ms 50 --steps 60 --pairs 3``
+    python -m benchmarks.callback_overhead               steps of 50 ms, in 3 minutes
+    python -m benchmarks.callback_overhead --optimizer torch --sleep-ms 20
 
 A step does what training does to the callbacks (real gradients of a 1M-parameter model, clipping and update by our
-Lion, a logger, a progress line every 10 steps) on top of a sleep of ``--sleep-ms``, the same in both runs: it lasts the
-sleep and the work, as the column *without ms* tells. Printed per pair: wall time of a step with and without, their
-ratio, and the processor time that a step takes more with callbacks: the steadier figure where other work shares the
-machine. Each is the mean of the run's least disturbed block of 10 steps, one of which logs; the first 10 steps of each
-run do not count.
+Lion, a logger, a progress line every 10 steps) on top of a sleep of ``--sleep-ms``, the same in both. The two stand
+still in turn, ten steps at a time, one of which logs. *more* is the processor time that a step takes more with
+callbacks, the steadier figure where other work shares the machine; *share* is that over the time of a step without.
 """
 
 from __future__ import annotations
@@ -18,16 +17,21 @@ import logging
 import statistics
 import time
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from benchmarks.record import Page, Table, keep, machine
+from benchmarks.train_loop import Handover
+from benchmarks.turns import Body, Turns, alternate, spread
 from lightning_opt.callbacks import Memory, Progress, Stability, Throughput
 from lightning_opt.optim import Lion
 
-SKIPPED = 10
+BLOCK = 10  # steps; one of them logs
 
 
 class Timed(pl.LightningModule):
@@ -38,17 +42,11 @@ class Timed(pl.LightningModule):
         torch.manual_seed(0)
         self.net = nn.Sequential(*[nn.Linear(256, 256) for _ in range(16)])
         self.sleep_s, self.ours = sleep_s, ours
-        self.walls: list[float] = []
-        self.processor: list[float] = []
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Sleeps, then works: the same in both runs."""
-        self.walls.append(time.perf_counter())
-        self.processor.append(time.process_time())
+        """Sleeps, then works: the same in both."""
         time.sleep(self.sleep_s)
-        loss = self.net(batch["input_ids"].float()[:, :256] / 1e3).square().mean()
-        self.log("train/loss", loss)
-        return loss
+        return self.net(batch["input_ids"].float()[:, :256] / 1e3).square().mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Ours, or torch's AdamW whose gradient norm Stability has to compute itself."""
@@ -74,53 +72,62 @@ class Silent(pl.loggers.logger.Logger):
         """Nothing."""
 
 
-def run(callbacks: list[pl.Callback], steps: int, sleep_s: float, ours: bool) -> tuple[float, float]:
-    """Wall and processor milliseconds of a step."""
-    module = Timed(sleep_s, ours)
-    trainer = pl.Trainer(
-        max_steps=steps + SKIPPED + 1,
-        callbacks=callbacks,
-        logger=Silent(),
-        log_every_n_steps=10,
-        accelerator="cpu",
-        enable_checkpointing=False,
-        enable_progress_bar=bool(callbacks),
-        enable_model_summary=False,
-    )
-    rows = [{"input_ids": torch.randint(0, 999, (257,))} for _ in range(64)]
-    trainer.fit(module, torch.utils.data.DataLoader(rows, batch_size=8))
-    return best(module.walls, steps), best(module.processor, steps)
+def fit(watched: bool, steps: int, sleep_s: float, ours: bool) -> Body:
+    def body(between: Callable[[], None]) -> None:
+        watchers = [Memory(), Stability(), Throughput(), Progress(stream=io.StringIO())] if watched else []
+        trainer = pl.Trainer(
+            max_steps=steps,
+            callbacks=[*watchers, Handover(between)],
+            logger=Silent(),
+            log_every_n_steps=BLOCK,
+            accelerator="cpu",
+            enable_checkpointing=False,
+            enable_progress_bar=watched,
+            enable_model_summary=False,
+        )
+        rows = [{"input_ids": torch.randint(0, 999, (257,))}] * 8 * steps
+        trainer.fit(Timed(sleep_s, ours), torch.utils.data.DataLoader(rows, batch_size=8))
 
-
-def best(marks: list[float], steps: int) -> float:
-    """Milliseconds of a step in the least disturbed block of 10, each of which holds one step that logs."""
-    starts = range(SKIPPED, SKIPPED + steps, 10)
-    return min(marks[start + 10] - marks[start] for start in starts) / 10 * 1e3
+    return body
 
 
 def main() -> None:
-    """Prints a table."""
+    """Measures, prints and keeps."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sleep-ms", type=float, default=50.0, help="sleep in each step, work on top (default 50)")
-    parser.add_argument("--steps", type=int, default=60, help="counted steps per run (default 60)")
-    parser.add_argument("--pairs", type=int, default=3, help="runs with and without (default 3)")
+    parser.add_argument("--sleep-ms", type=float, default=50.0, help="sleep in each step, work on top (50)")
+    parser.add_argument("--rounds", type=int, default=50, help="blocks of 10 steps, with and without (50)")
     parser.add_argument("--optimizer", choices=["ours", "torch"], default="ours")
+    parser.add_argument("--quick", action="store_true", help="two rounds of short steps")
+    parser.add_argument("--out", type=Path, default=None, help="folder (benchmarks/results)")
     options = parser.parse_args()
+    if options.quick:
+        options.rounds, options.sleep_ms = 2, 1.0
+    where = machine()
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    ours = options.optimizer == "ours"
-    more, ratios = [], []
-    print(f"{'pair':>4} {'without ms':>11} {'with ms':>9} {'ratio':>8} {'processor ms more':>18} {'share of step':>14}")
-    for pair in range(options.pairs):
-        both = {}
-        for watched in (False, True) if pair % 2 else (True, False):
-            callbacks = [Memory(), Stability(), Throughput(), Progress(stream=io.StringIO())] if watched else []
-            both[watched] = run(callbacks, options.steps, options.sleep_ms / 1e3, ours)
-        ratios.append(both[True][0] / both[False][0])
-        more.append(both[True][1] - both[False][1])
-        share = more[-1] / both[False][0]
-        print(f"{pair:4} {both[False][0]:11.2f} {both[True][0]:9.2f} {ratios[-1]:8.4f} {more[-1]:18.3f} {share:14.2%}")
-    print(f"median: ratio {statistics.median(ratios):.4f}, processor {statistics.median(more):.3f} ms per step")
+    warm = 2
+    steps = (options.rounds + warm) * BLOCK + 1
+    kinds = {"with": True, "without": False}
+    loops = {
+        kind: Turns(fit(watched, steps, options.sleep_ms / 1e3, options.optimizer == "ours"), BLOCK)
+        for kind, watched in kinds.items()
+    }
+    spent = alternate(loops, options.rounds, warm=warm)
+    pairs = list(zip(spent["with"], spent["without"], strict=True))
+    step_ms = statistics.median(without.wall for _, without in pairs) / BLOCK * 1e3
+    more = [(watched.cpu - without.cpu) / BLOCK * 1e3 for watched, without in pairs]
+    row = {
+        "optimizer": options.optimizer,
+        "step without ms": step_ms,
+        "with / without, wall": spread([watched.wall / without.wall for watched, without in pairs], 4),
+        "more ms, cpu": spread(more),
+        "share": f"{statistics.median(more) / step_ms:.2%}",
+        "rounds": options.rounds,
+    }
+    table = Table("Memory, Stability, Throughput and Progress together", [row], "Median (10-90 %). Goal: below 1 %.")
+    about = "With and without by turns, ten steps at a time; see the module's text."
+    suffix = "-quick" if options.quick else ""
+    keep(Page("callback_overhead", "What the callbacks cost", about, [table]), where, options.out, suffix=suffix)
 
 
 if __name__ == "__main__":

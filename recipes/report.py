@@ -1,4 +1,4 @@
-"""Draws the report of run folders again: ``python -m recipes.report PATH...``."""
+"""Draws reports again: of runs, of sweeps, or of any runs side by side: ``python -m recipes.report PATH...``."""
 
 from __future__ import annotations
 
@@ -7,50 +7,67 @@ import logging
 import sys
 from pathlib import Path
 
-from lightning_opt.run_folder import RunFolder
+from lightning_opt.reports.jobs import is_run, is_sweep
+from lightning_opt.run_folder import RunFolder, SweepFolder
 
 _EXAMPLES = """examples:
   python -m recipes.report runs/lion_nano/20260101T120000Z-1a2b3c4d
-  python -m recipes.report runs/*/*          # every run, one after another
+  python -m recipes.report runs/*/*                                  # every run and sweep, one after another
+  python -m recipes.report runs/sweeps/20260101T120000Z-1a2b3c4d     # a sweep, known by its sweep.json
+  python -m recipes.report --compare comparisons/lion runs/lion_nano/20260101T120000Z-* runs/adamw_nano/*
 
-Writes report.html, report.md and MODEL_CARD.md into each folder, from its records alone: no training, no torch.
-A run that is still going, diverged or was stopped gets its report too."""
+A run gets report.html, report.md and MODEL_CARD.md; a sweep and a comparison get report.html, report.md and
+sweep.csv. From their records alone: no training, no torch. Runs and sweeps that are still going, diverged or were
+stopped are drawn as they stand. A sweep among the runs to compare stands for all its jobs."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Draws a report in each folder; 0 when all were drawn, 2 when a path is no run folder, 1 on any other failure."""
+    """Draws the reports; 0 when all were drawn, 2 when a path is not what it should be, 1 on any other failure."""
     parser = argparse.ArgumentParser(
         prog="python -m recipes.report",
-        description="Draw the report of finished, running or broken runs again.",
+        description="Draw the report of runs or sweeps again, or compare any runs.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a run folder (as train.py prints it)")
-    paths: list[Path] = parser.parse_args(arguments).paths
+    parser.add_argument(
+        "paths", nargs="+", type=Path, metavar="PATH", help="a run or sweep folder (as train.py prints)"
+    )
+    parser.add_argument(
+        "--compare", type=Path, metavar="OUT", help="write one comparison of all PATHs into this folder"
+    )
+    asked = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
 
-    wrong = [path for path in paths if not _is_run(RunFolder(path))]
+    wrong = [path for path in asked.paths if not (is_sweep(path) or is_run(path))]
     if wrong:
-        needed = "a folder with metrics.csv, plan.json, status.json or summary.json"
+        needed = "a folder with metrics.csv, plan.json, status.json or summary.json, or a sweep's with sweep.json"
         print(f"no run folder: {', '.join(map(str, wrong))} (expected {needed})", file=sys.stderr)
+        return 2
+    if asked.compare and (asked.compare.is_file() or is_sweep(asked.compare) or is_run(asked.compare)):
+        needed = "a folder of its own: the comparison would overwrite what lies there"
+        print(f"--compare {asked.compare}: expected {needed}", file=sys.stderr)
         return 2
 
     from lightning_opt import reports  # matplotlib is imported only after the paths are found right
 
+    try:
+        if asked.compare:
+            reports.compare(asked.paths, asked.compare)
+            print(SweepFolder(asked.compare).report_html)
+            return 0
+    except OSError as error:
+        print(f"{asked.compare}: {error}", file=sys.stderr)
+        return 1
     failed = 0
-    for path in paths:
+    for path in asked.paths:
         try:
-            reports.write(path)
+            (reports.write_sweep if is_sweep(path) else reports.write)(path)
         except OSError as error:
             failed += 1
             print(f"{path}: {error}", file=sys.stderr)
         else:
             print(RunFolder(path).report_html)
     return 1 if failed else 0
-
-
-def _is_run(folder: RunFolder) -> bool:
-    return any(path.is_file() for path in (folder.metrics, folder.plan, folder.status, folder.summary))
 
 
 if __name__ == "__main__":

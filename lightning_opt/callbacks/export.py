@@ -18,6 +18,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from lightning_opt.callbacks.gathering import full_state
 from lightning_opt.plan import ConfigError
 
 log = logging.getLogger("lightning_opt.callbacks")
@@ -89,7 +90,7 @@ def verify(folder: Path, state: dict[str, Tensor]) -> None:
         raise OSError(f"{folder} holds {elements} numbers, the model {sum(t.numel() for t in distinct.values())}")
 
 
-def _state(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _state(whole: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
     converted: dict[int, Tensor] = {}  # by address, so that tied tensors stay one
 
     def convert(tensor: Tensor) -> Tensor:
@@ -97,7 +98,7 @@ def _state(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
             return tensor
         return converted.setdefault(tensor.data_ptr(), tensor.to(dtype))
 
-    return {name.replace("_orig_mod.", ""): convert(tensor) for name, tensor in model.state_dict().items()}
+    return {name.replace("_orig_mod.", ""): convert(tensor) for name, tensor in whole.items()}
 
 
 class Export(pl.Callback):
@@ -105,7 +106,8 @@ class Export(pl.Callback):
 
     Fires once, in `on_fit_end` (not after an exception); its fitness is checked in `setup`, before training. Rank zero
     writes into a folder beside, reads the safetensors headers back (names, shapes, dtypes, file lengths), syncs to disk
-    and renames; an older export is replaced only then. A model under `torch.compile` is saved under its own names.
+    and renames; an older export is replaced only then. A model under `torch.compile` is saved under its own names; one
+    that is split over ranks (FSDP2) is gathered on rank zero, tensor by tensor.
 
     Raises, on every rank, whatever went wrong: a failed save never looks like a finished run.
 
@@ -131,17 +133,27 @@ class Export(pl.Callback):
         """Writes, and makes every rank raise if rank zero failed."""
         directory = Path(self.directory or Path(trainer.default_root_dir) / "model")
         failure: Exception | None = None
+        model = unwrap(pl_module)
+        whole = full_state(model, keep=trainer.is_global_zero)
         if trainer.is_global_zero:
             try:
-                self.save(unwrap(pl_module), directory, self.tokenizer or getattr(pl_module, "tokenizer", None))
+                self.save(model, directory, self.tokenizer or getattr(pl_module, "tokenizer", None), whole)
             except Exception as error:
                 failure = error
         told = trainer.strategy.broadcast(None if failure is None else f"{type(failure).__name__}: {failure}", src=0)
         if told is not None:
             raise RuntimeError(f"export to {directory} failed: {told}") from failure
 
-    def save(self, model: nn.Module, directory: Path, tokenizer: Any = None) -> None:
+    def save(
+        self, model: nn.Module, directory: Path, tokenizer: Any = None, whole: dict[str, Tensor] | None = None
+    ) -> None:
         """Writes one model; usable without a trainer.
+
+        Args:
+            model: a transformers model.
+            directory: the folder to write.
+            tokenizer: anything with `save_pretrained`, or None.
+            whole: the model's state dict; needed where the model itself holds parts only.
 
         Raises:
             OSError: could not write, or what was written is not the model.
@@ -152,7 +164,7 @@ class Export(pl.Callback):
             raise NotADirectoryError(f"{directory} is a file")
         shutil.rmtree(beside, ignore_errors=True)
         try:
-            state = _state(model, DTYPES.get(self.dtype))
+            state = _state(full_state(model) if whole is None else whole, DTYPES.get(self.dtype))
             with _without_bars():
                 model.save_pretrained(beside, state_dict=dict(state))
             self._describe(model, beside, tokenizer)

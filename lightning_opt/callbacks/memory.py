@@ -12,6 +12,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from lightning_opt.callbacks.telling import tell
+
 
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
@@ -44,7 +46,7 @@ def resident_bytes() -> int | None:
 
 
 class Memory(pl.Callback):
-    """Memory of this device (rank zero's, where there are more), in bytes.
+    """Memory of the fullest device, in bytes.
 
     Logged every ``trainer.log_every_n_steps`` optimizer steps, in `on_train_batch_end`:
 
@@ -56,7 +58,8 @@ class Memory(pl.Callback):
       ``ru_maxrss``, which cannot be reset: in a sweep within one process it is the maximum over its jobs)
     - ``optimizer_state_bytes``: measured by walking the optimizers' state, each storage once
 
-    Nothing here waits for the device. The walk is repeated only when the number of state entries has changed.
+    Over several devices each is the largest on any of them (one collective). On one, nothing here waits for the device.
+    The walk is repeated only when the number of state entries has changed.
 
     Attributes:
         last: what was logged last, by name.
@@ -65,10 +68,11 @@ class Memory(pl.Callback):
     def __init__(self) -> None:
         self.last: dict[str, float] = {}
         self._state_size: tuple[int, int] = (0, 0)
-        self._state_bytes = 0
+        self._state_bytes = self._step = 0
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The peak of this fit begins here."""
+        self._step = trainer.global_step
         self._state_size, self._state_bytes = (0, 0), 0
         if trainer.strategy.root_device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
@@ -77,12 +81,15 @@ class Memory(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Logs when it is time."""
-        if trainer.global_step == 0 or trainer.global_step % trainer.log_every_n_steps:
+        if trainer.global_step == self._step or trainer.global_step % trainer.log_every_n_steps:
             return
-        self.last = self.measure(pl_module.device, trainer.optimizers)
-        # float64: a float32 scalar would round bytes from 16 MiB up
-        exact = {name: torch.tensor(value, dtype=torch.float64) for name, value in self.last.items()}
-        pl_module.log_dict(exact, on_step=True, on_epoch=False)
+        self._step = trainer.global_step
+        measured = self.measure(pl_module.device, trainer.optimizers)
+        values = torch.tensor(list(measured.values()), dtype=torch.float64)
+        if trainer.world_size > 1:
+            values = trainer.strategy.reduce(values.to(pl_module.device), reduce_op="max").cpu()
+        self.last = {name: int(value) for name, value in zip(measured, values, strict=True)}
+        tell(trainer, self.last)
 
     def measure(self, device: torch.device, optimizers: list[torch.optim.Optimizer]) -> dict[str, float]:
         """Now, by name; what this machine does not tell is left out."""

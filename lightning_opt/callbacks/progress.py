@@ -154,8 +154,8 @@ class Progress(ProgressBar):
         fields = {"step": f"step {self._step}{of}"}
         if self._total:
             fields["percent"] = f"{100 * self._step // self._total}%"
-        if self._loss is not None:
-            fields["loss"] = f"loss {number(float(self._loss))}"
+        if (loss := self._mean_loss(trainer)) is not None:
+            fields["loss"] = f"loss {number(float(loss))}"
         if self._val is not None:
             fields["val"] = f"val {number(self._val)}"
         if self._rate is not None:
@@ -172,6 +172,11 @@ class Progress(ProgressBar):
         elif self._total is None:
             fields["eta"] = f"elapsed {duration(self._clock() - self._started)}"
         return fields
+
+    def _mean_loss(self, trainer: pl.Trainer) -> Tensor | None:
+        """Over several ranks what the module logged, if it is of this step; only one rank is here to ask."""
+        logged = trainer.callback_metrics.get("train/loss") if trainer.world_size > 1 else None
+        return self._loss if logged is None else logged
 
     def _tokens_per_s(self, trainer: pl.Trainer, logged: dict[str, Tensor]) -> float | None:
         if "tokens_per_s_per_device" in logged:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_opt.callbacks.batches import StepLoss
+from lightning_opt.callbacks.telling import tell
 from lightning_opt.plan import ConfigError
 
 log = logging.getLogger("lightning_opt.callbacks")
@@ -136,7 +137,7 @@ class Stability(pl.Callback):
         if self._step % trainer.log_every_n_steps == 0:
             self._reduce(trainer)
             self.last = {name: float(value) for name, value in self._values(optimizer).items()}
-            pl_module.log_dict(self.last, on_step=True, on_epoch=False)
+            tell(trainer, self.last)
 
     def _append(self, loss: Tensor | None) -> None:
         if loss is None:

@@ -13,6 +13,7 @@ import torch
 from lightning_opt.callbacks.batches import TokensPerBatch, count_tokens
 from lightning_opt.callbacks.clocks import DeviceClock, HostClock, Laps
 from lightning_opt.callbacks.device_peaks import arithmetic_of, peak_flops
+from lightning_opt.callbacks.telling import tell
 from lightning_opt.plan import ConfigError
 
 PARTS = ("data", "forward_backward", "optimizer", "other")
@@ -157,7 +158,7 @@ class Throughput(pl.Callback):
         self._laps = Laps(self._clock, self._laps.end)
         if self._step % trainer.log_every_n_steps == 0 and (values := self._measure()):
             self.last = values
-            pl_module.log_dict(values, on_step=True, on_epoch=False)
+            tell(trainer, values)
 
     def _measure(self) -> dict[str, float]:
         steps, tokens, sums = 0, 0, dict.fromkeys(PARTS, 0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sized
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -30,8 +31,23 @@ class _Indices:
             yield list(self.batch(number))
 
 
-def _stack(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+Batch = dict[str, torch.Tensor]
+
+
+def _stack(items: list[Batch] | np.ndarray) -> Batch | np.ndarray:
+    """Windows that a dataset read as one array stay as small as on disk until they have left their worker."""
+    if isinstance(items, np.ndarray):
+        return items
     return {key: torch.stack([item[key] for item in items]) for key in items[0]}
+
+
+def _batch(windows: Batch | np.ndarray, pinned: bool) -> Batch:
+    """Token windows (B, T + 1) as inputs and labels one place on; a batch as it is."""
+    if not isinstance(windows, np.ndarray):
+        return windows
+    sides = {"input_ids": windows[:, :-1], "labels": windows[:, 1:]}
+    batch = {key: torch.from_numpy(side.astype(np.int64)) for key, side in sides.items()}
+    return {key: side.pin_memory() for key, side in batch.items()} if pinned else batch
 
 
 class BatchLoader:
@@ -43,7 +59,8 @@ class BatchLoader:
     The state counts batches handed out, so batches that workers prepared ahead are not lost.
 
     Args:
-        dataset: map-style.
+        dataset: map-style; one with ``__getitems__`` (as torch calls it) may give a batch as one array of token
+            windows, (B, T + 1), which passes from worker to this process about five times as fast.
         batch_size: B, sequences per batch and rank.
         num_workers: processes that read; 0 reads in this one.
         start: first element of the global order.
@@ -77,6 +94,7 @@ class BatchLoader:
                 f"{batch_size=} >= 1, {start=}, {count=}, {num_workers=} >= 0 and 0 <= {rank=} < {world_size=}"
             )
         self.dataset, self.batch_size = dataset, batch_size
+        self._pin_memory = pin_memory
         self._indices = _Indices(start, count, batch_size, rank, world_size)
         self._position = 0
         self._resumed = False
@@ -94,14 +112,14 @@ class BatchLoader:
     def __len__(self) -> int:
         return len(self._indices)
 
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         if not self._resumed:
             self._position = 0
         self._resumed = False
         self._indices.first = self._position
-        for batch in self._loader:
+        for windows in self._loader:
             self._position += 1
-            yield batch
+            yield _batch(windows, self._pin_memory)
 
     def state_dict(self) -> dict[str, Any]:
         """``{"batches": n}``: how many batches of this pass have been handed out."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -146,10 +146,17 @@ class Mixture(torch.utils.data.Dataset):
         return corpus, int(self._orders[corpus][turn])
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        tokens = torch.from_numpy(self._window(index).astype(np.int64))
+        return {"input_ids": tokens[:-1], "labels": tokens[1:]}
+
+    def __getitems__(self, indices: Sequence[int]) -> np.ndarray:
+        """Several windows with their last label, (len(indices), T + 1), in the shards' own integers."""
+        return np.stack([self._window(index) for index in indices])
+
+    def _window(self, index: int) -> np.ndarray:
         corpus, window = self.place(index)
         start = window * self.sequence_length
-        tokens = torch.from_numpy(self.streams[corpus].read(start, start + self.sequence_length + 1))
-        return {"input_ids": tokens[:-1], "labels": tokens[1:]}
+        return self.streams[corpus].read(start, start + self.sequence_length + 1)
 
     def epochs(self, tokens: float) -> dict[str, float]:
         """How often each corpus is gone through when ``tokens`` training tokens are drawn from the mixture."""

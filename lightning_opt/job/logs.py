@@ -58,3 +58,13 @@ def run_log(path: Path) -> Iterator[logging.Logger]:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
         file.close()
+
+
+@contextmanager
+def muted() -> Iterator[logging.Logger]:
+    """Silence for the ranks of a run that are not its first: the first says and warns it all."""
+    names = ("lightning_opt", "py.warnings", *_NOISY)
+    for logger in map(logging.getLogger, names):
+        logger.handlers, logger.propagate = [logging.NullHandler()], False
+    logging.captureWarnings(True)
+    yield logging.getLogger("lightning_opt")

@@ -23,6 +23,9 @@ def banner(folder: Path, plan: dict[str, Any], env: dict[str, Any]) -> None:
         if env["device"] == "cpu"
         else env["device_name"]
     )
+    if env["world_size"] > 1:
+        nodes = f" on {env['num_nodes']} machines" if env["num_nodes"] > 1 else ""
+        device = f"{env['strategy']} × {env['world_size']}{nodes}, each {device}"
     log.info("run        %s", folder)
     log.info("device     %s; %s: %s", device, plan["precision"], plan["precision_reason"])
     log.info(

@@ -28,12 +28,13 @@ _PACKAGES = [
 ]
 
 
-def environment(data_fingerprint: str, device: str) -> dict[str, Any]:
-    """Versions, device and commit of this process.
+def environment(data_fingerprint: str, device: str, trainer: dict[str, Any]) -> dict[str, Any]:
+    """Versions, device and commit of this process, and how many train with it.
 
     Args:
         data_fingerprint: identity of the tokenised data.
         device: ``cuda`` or ``cpu``: where the run trains.
+        trainer: the ``trainer`` group of the configuration.
 
     Returns:
         The content of ``env.json``; what cannot be told is None.
@@ -42,6 +43,7 @@ def environment(data_fingerprint: str, device: str) -> dict[str, Any]:
 
     on_gpu = device == "cuda"
     commit, dirty = _git()
+    world_size = trainer["devices"] * trainer["num_nodes"]
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -51,6 +53,9 @@ def environment(data_fingerprint: str, device: str) -> dict[str, Any]:
         "device_name": torch.cuda.get_device_name() if on_gpu else _cpu_name(),
         "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "num_threads": torch.get_num_threads(),
+        "world_size": world_size,
+        "num_nodes": trainer["num_nodes"],
+        "strategy": {"auto": "ddp"}.get(trainer["strategy"], trainer["strategy"]) if world_size > 1 else None,
         "git_commit": commit,
         "git_dirty": dirty,
         "data_fingerprint": data_fingerprint,

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import logging
+import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
-from lightning_opt.job import notices, record
+import yaml
+
+from lightning_opt.job import notices, ranks, record
 from lightning_opt.job.logs import run_log
+from lightning_opt.job.outcomes import Outcome, left_notes, outcome_of
 from lightning_opt.job.signals import Terminated, terminable
-from lightning_opt.plan import ConfigError, RunPlan, check, data_config
+from lightning_opt.plan import Place, RunPlan, check, data_config, place
 from lightning_opt.run_folder import (
-    Diverged,
     ExitCode,
     RunFolder,
     Status,
@@ -51,7 +56,7 @@ class Order:
 
 def run(
     config: dict[str, Any],
-    folder: RunFolder,
+    folder: RunFolder | None,
     *,
     overrides: list[str],
     saved_config: str,
@@ -60,12 +65,14 @@ def run(
 ) -> int:
     """Trains, evaluates and reports in one folder, and never ends silently.
 
+    More than one device means one process each. Where neither torchrun nor srun started them, this one does.
+
     Args:
         config: the resolved configuration.
-        folder: the claimed run folder.
+        folder: the claimed run folder; None in a process that torchrun or srun started beside the first.
         overrides: the command line's overrides, without secrets.
         saved_config: text for config.yaml.
-        instantiate: calls a ``_target_``.
+        instantiate: calls a ``_target_``; with several devices it is found by its name in their processes.
         tuned: tuned values that were merged, or None.
 
     Returns:
@@ -73,48 +80,72 @@ def run(
         is in status.json, and the traceback, if any, in run.log.
     """
     order = Order(config, check(config), overrides, saved_config, instantiate, tuned)
+    here = place()
+    if folder is None:
+        with ranks.speak(None, here), terminable():
+            outcome = _work(order, None, SimpleNamespace(step=0), here)
+        if outcome.reason:  # the first rank may never get to hear of it
+            sys.stderr.write(f"{outcome.traceback}rank {here.rank}: {outcome.reason}\n")
+        return int(outcome.code)
     identity = read_status(folder.status).get("config_hash") or config_hash(config)
     with Status(folder.status, identity) as status, run_log(folder.log), terminable():
-        return _guarded(order, folder, status)
+        return _guarded(order, folder, status, here)
 
 
-def _guarded(order: Order, folder: RunFolder, status: Status) -> int:
+def _guarded(order: Order, folder: RunFolder, status: Status, here: Place) -> int:
     """Runs the stages and turns whatever happens into a state, a reason, an event and an exit code."""
     try:
+        left_notes(folder)  # of an earlier try
         if folder.metrics.exists():
             append_event(folder.events, "restarted")
         write_text(folder.config, order.saved_config)
         write_text(folder.overrides, "".join(f"{word}\n" for word in order.overrides))
-        if _train_and_evaluate(order, folder, status):
-            raise Terminated
-        state, reason, code = "FINISHED", None, ExitCode.FINISHED
-    except ConfigError as error:
-        state, reason, code = "FAILED", str(error), ExitCode.CONFIGURATION
-    except Diverged as error:
-        state, reason, code = "DIVERGED", str(error), ExitCode.DIVERGED
-    except Terminated:
-        state, reason, code = "PREEMPTED", f"stopped by SIGTERM at step {status.step}", ExitCode.PREEMPTED
-    except (KeyboardInterrupt, SystemExit):  # Lightning answers Ctrl-C with SystemExit after its own shutdown
-        state, reason, code = "PREEMPTED", f"interrupted at step {status.step}", ExitCode.INTERRUPTED
-    except Exception as error:
-        state, reason, code = "FAILED", f"{type(error).__name__}: {' '.join(str(error).split())}", ExitCode.FAILED
-        log.error("%s", traceback.format_exc())
-    status.set(state, reason)
-    if reason:
-        log.error("%s: %s", state.lower(), reason)
-        append_event(folder.events, state.lower(), step=status.step, reason=reason)
-    if code != ExitCode.CONFIGURATION:
+        if order.plan.devices > here.world_size:
+            outcome = ranks.start_ranks(_work, order, folder, status, order.plan.devices)
+        else:
+            outcome = _work(order, folder, status, here)
+    except BaseException as error:
+        outcome = outcome_of(error, status.step)
+    outcome = min([outcome, *left_notes(folder).values()], key=lambda note: note.time)
+    if outcome.traceback:
+        log.error("%s", outcome.traceback)
+    status.set(outcome.state, outcome.reason)
+    if outcome.reason:
+        log.error("%s: %s", outcome.state.lower(), outcome.reason)
+        append_event(folder.events, outcome.state.lower(), step=status.step, reason=outcome.reason)
+    if outcome.code != ExitCode.CONFIGURATION:
         _report(folder)
-    return int(code)
+    return int(outcome.code)
 
 
-def _train_and_evaluate(order: Order, folder: RunFolder, status: Status) -> str | None:
-    """The stages that need torch. Returns what stopped the run early, if anything."""
+def _work(order: Order, folder: RunFolder | None, status: ranks.Steps, here: Place) -> Outcome:
+    """What each process of a run does: train with the others; the first then scores. Never raises."""
+    try:
+        from lightning_opt import training
+
+        with training.joined(here, order.config["trainer"]) as group:
+            folder = group.shared(folder)
+            model, tokenizer = _train(order, folder, status, group)
+        if here.first:
+            _evaluate(order, folder, model, tokenizer)
+        return Outcome()
+    except BaseException as error:
+        outcome = outcome_of(error, status.step)
+        if here.launcher and folder is not None:
+            outcome.leave(folder, here.rank)
+        return outcome
+
+
+def _train(order: Order, folder: RunFolder, status: ranks.Steps, group: Any) -> tuple[Any, Any]:
+    """Builds and trains. Returns the trained model, whole on the first rank, and the tokenizer.
+
+    Raises:
+        Terminated: the run was asked to end, and did so after a whole step.
+    """
     from lightning_opt import anatomy, data, models, optim, training
 
     config = order.config
-    device = training.choose_device(config["trainer"]["accelerator"])
-    training.prepare(config["seed"], config["trainer"]["num_threads"])
+    training.prepare(config["seed"], config["trainer"]["num_threads"], config["trainer"]["devices"])
     token_data = data.build(data_config(config), seed=config["seed"])
     plan = order.plan if order.plan.max_steps else check(config, sequences=len(token_data.train))
     model = models.build(
@@ -127,22 +158,26 @@ def _train_and_evaluate(order: Order, folder: RunFolder, status: Status) -> str 
     optimizer = optim.build(model, config["optimizer"])
     flops = _flops_per_token(model, described.non_embedding, plan.sequence_length)
     precision = training.choose_precision(config["trainer"]["precision"], config["trainer"]["accelerator"])
-    planned = record.planned(
-        config,
-        plan,
-        token_data=token_data,
-        anatomy=described,
-        optimizer=optimizer,
-        flops_per_token=flops,
-        precision=precision,
-        tuned=order.tuned,
-    )
-    env = record.environment(token_data.fingerprint, device)
-    write_json(folder.env, env)
-    write_json(folder.plan, planned)
-    notices.banner(folder.path, planned, env)
+    if group.first:
+        planned = record.planned(
+            config,
+            plan,
+            token_data=token_data,
+            anatomy=described,
+            optimizer=optimizer,
+            flops_per_token=flops,
+            precision=precision,
+            tuned=order.tuned,
+        )
+        env = record.environment(
+            token_data.fingerprint, training.choose_device(config["trainer"]["accelerator"]), config["trainer"]
+        )
+        write_json(folder.env, env)
+        write_json(folder.plan, planned)
+        notices.banner(folder.path, planned, env)
+    module = _module(config, plan, model, optimizer, token_data)
     fitted = training.fit(
-        _module(config, plan, model, optimizer, token_data),
+        module,
         _batches(config, plan, token_data),
         plan,
         config=config["trainer"],
@@ -150,12 +185,13 @@ def _train_and_evaluate(order: Order, folder: RunFolder, status: Status) -> str 
         folder=folder,
         columns=_columns(token_data.val, {group["role"] for group in optimizer.param_groups}),
         callbacks=_callbacks(order, folder, plan, flops, token_data.tokenizer),
-        loggers=_loggers(order, folder),
+        loggers=_loggers(order, folder) if group.first else [],
         status=status,
+        group=group,
     )
-    if fitted.stopped_by is None:
-        _evaluate(order, folder, model, token_data.tokenizer, device)
-    return fitted.stopped_by
+    if fitted.stopped_by:
+        raise Terminated
+    return module.whole_model(keep=group.first), token_data.tokenizer
 
 
 def _flops_per_token(model: Any, non_embedding: int, sequence_length: int) -> float | None:
@@ -236,16 +272,25 @@ def _callbacks(order: Order, folder: RunFolder, plan: RunPlan, flops: float | No
 
 
 def _loggers(order: Order, folder: RunFolder) -> list[Any]:
-    """Builds the configured loggers; what they write goes into the run folder unless they say where."""
+    """Starts the configured loggers and tells them the configuration, without secrets.
+
+    What they write goes into the run folder unless they say where.
+    """
+    from lightning_opt.training import GuardedLogger
+
     loggers = []
-    for spec in (order.config["logger"] or {}).values():
+    for label, spec in (order.config["logger"] or {}).items():
+        if not spec:
+            continue
         place = {"save_dir": str(folder.path)} if "save_dir" in spec and spec["save_dir"] is None else {}
-        loggers.append(order.instantiate(spec, **place))
+        logger = GuardedLogger(label, partial(order.instantiate, spec, **place))
+        logger.log_hyperparams(yaml.safe_load(order.saved_config))
+        loggers.append(logger)
     return loggers
 
 
-def _evaluate(order: Order, folder: RunFolder, model: Any, tokenizer: Any, device: str) -> None:
-    from lightning_opt import evaluation
+def _evaluate(order: Order, folder: RunFolder, model: Any, tokenizer: Any) -> None:
+    from lightning_opt import evaluation, training
 
     config = order.config["evaluation"]
     if config["suite"] == "none":
@@ -257,7 +302,7 @@ def _evaluate(order: Order, folder: RunFolder, model: Any, tokenizer: Any, devic
         config,
         folder.evaluation,
         context_length=order.plan.sequence_length,
-        device=device,
+        device=training.choose_device(order.config["trainer"]["accelerator"]),
     )
 
 

@@ -1,6 +1,8 @@
 """How an update runs: one rule written once as plain maths, carried out eager, foreach, compiled or fused.
 
 `Rule` is what an optimizer's file hands in; `run` carries one bucket of tensors out; `choose` says how, and why.
+"compiled" is, on a CPU, a C++ loop written down by running the rule on `Code` objects (`cpp`, `native`), and
+torch.compile elsewhere.
 """
 
 from lightning_opt._lazy import attach

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 
 from lightning_opt.kernels import compiled, eager, foreach, fused
-from lightning_opt.kernels.device import can_compile
 from lightning_opt.kernels.rule import Bucket, Rule
 
 _RUN: dict[str, Callable[[Rule, Bucket], None]] = {
@@ -18,10 +17,9 @@ _RUN: dict[str, Callable[[Rule, Bucket], None]] = {
     "fused": fused.run,
 }
 
-# On a CPU the first compiled step waits 4 s (warm cache) to 13 s (cold), almost all of it inductor's own start. Against
-# foreach it saves about 1 ns per element and step (2 cores): at 1M elements 1 s in 800 steps, at 8M 7 s. A step that
-# trains 8M parameters takes so long that compiling is then below a hundredth of the run either way.
-CPU_COMPILE_ELEMENTS = 8_000_000
+# On a CPU compiling takes about half a second. Per step and million elements it then saves 2 to 3 ms against foreach
+# and 0.2 to 0.5 ms against torch's fused kernels (2 cores), so from here on it has paid for itself in 200 to 400 steps.
+CPU_ELEMENTS = {"foreach": 500_000, "fused": 5_000_000}
 
 
 @dataclass(frozen=True)
@@ -56,24 +54,23 @@ def choose(rule: Rule, asked: str, device: torch.device, dtypes: Sequence[torch.
     """
     if not rule.elementwise:
         return Choice("eager", "whole matrices")
-    can, with_what = can_compile(device.type)
+    if asked in ("eager", "foreach"):
+        return Choice(asked, "as asked")
+    has_fused = fused.supports(rule, device, tuple(dtypes))
     if asked == "fused":
-        if fused.supports(rule, device, tuple(dtypes)):
+        if has_fused:
             return Choice("fused", "as asked, torch's kernel")
         return Choice("foreach", f"torch's fused {rule.name} does not take {_names(dtypes)} on {device.type}")
-    if asked == "compiled" or (asked == "auto" and compiled.broken(rule)):
-        if compiled.broken(rule):
-            return Choice("foreach", "compiling failed, see the log")
-        return Choice("compiled", f"as asked, {with_what}") if can else Choice("foreach", with_what)
-    if asked != "auto":
-        return Choice(asked, "as asked")
-    if fused.supports(rule, device, tuple(dtypes)):
-        return Choice("fused", "auto: torch's kernel")
-    if not can:
-        return Choice("foreach", f"auto: {with_what}")
-    if device.type == "cpu" and elements < CPU_COMPILE_ELEMENTS:
-        return Choice("foreach", f"auto: {elements / 1e6:.2f}M parameters are too few to pay for compiling")
-    return Choice("compiled", f"auto: {elements / 1e6:.1f}M parameters, {with_what}")
+    can, why = compiled.possible(rule, device, tuple(dtypes))
+    if asked == "compiled":
+        return Choice("compiled", f"as asked, {why}") if can else Choice("foreach", why)
+    other = Choice("fused", "auto: torch's kernel") if has_fused else Choice("foreach", f"auto: {why}")
+    if not can or (has_fused and device.type != "cpu"):
+        return other
+    size = f"{elements / 1e6:.{1 if elements >= 1e6 else 3}f}M parameters"
+    if device.type == "cpu" and elements < CPU_ELEMENTS[other.implementation]:
+        return other if has_fused else Choice("foreach", f"auto: {size} are too few to pay for compiling")
+    return Choice("compiled", f"auto: {size}, {why}")
 
 
 def run(implementation: str, rule: Rule, bucket: Bucket) -> None:

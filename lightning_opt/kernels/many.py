@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_opt.kernels.tensor_like import TensorLike
 
-class Many:
+
+class Many(TensorLike):
     """A list of tensors under the arithmetic of one.
 
     ``a * b``, ``2 * a``, ``torch.sqrt(a)`` and every other torch function work element by element of the list: through
@@ -29,68 +31,17 @@ class Many:
         return len(self.tensors)
 
     @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Where `torch.sqrt(many)` and the like arrive."""
-        kwargs = kwargs or {}
-        foreach = getattr(torch, f"_foreach_{func.__name__}", None)
-        if foreach is not None and isinstance(args[0], Many) and not kwargs:
-            return _foreach(foreach, func, args)
-        return _one_by_one(func, args, kwargs)
-
-    def __getattr__(self, name: str) -> Callable[..., Many]:
-        """Tensor methods, ``mul_`` and the like: in place on every tensor, returning this list."""
-        if name.startswith("__") or not hasattr(Tensor, name):
-            raise AttributeError(name)
-
-        def method(*args: Any) -> Many:
-            foreach = getattr(torch, f"_foreach_{name}", None)
-            single = getattr(Tensor, name)
-            result = _foreach(foreach, single, (self, *args)) if foreach else _one_by_one(single, (self, *args), {})
-            return self if name.endswith("_") else result
-
-        return method
-
-    def __add__(self, other: Any) -> Many:
-        return _foreach(torch._foreach_add, torch.add, (self, other))
-
-    def __mul__(self, other: Any) -> Many:
-        return _foreach(torch._foreach_mul, torch.mul, (self, other))
-
-    def __sub__(self, other: Any) -> Many:
-        return _foreach(torch._foreach_sub, torch.sub, (self, other))
-
-    def __truediv__(self, other: Any) -> Many:
-        return _foreach(torch._foreach_div, torch.div, (self, other))
-
-    def __neg__(self) -> Many:
-        return _foreach(torch._foreach_neg, torch.neg, (self,))
-
-    def __pow__(self, exponent: float) -> Many:
-        return _foreach(torch._foreach_pow, torch.pow, (self, exponent))
-
-    def __rsub__(self, other: Any) -> Many:
-        return _one_by_one(torch.rsub, (self, other), {})
-
-    def __rtruediv__(self, other: Any) -> Many:
-        return _one_by_one(lambda tensor, number: number / tensor, (self, other), {})
-
-    def __gt__(self, other: Any) -> Many:
-        return _one_by_one(torch.gt, (self, other), {})
-
-    def __lt__(self, other: Any) -> Many:
-        return _one_by_one(torch.lt, (self, other), {})
-
-    __radd__ = __add__
-    __rmul__ = __mul__
-
-
-def _foreach(foreach: Callable[..., list[Tensor]], single: Callable[..., Tensor], args: tuple[Any, ...]) -> Many:
-    try:
-        return Many(foreach(*[arg.tensors if isinstance(arg, Many) else arg for arg in args]) or [])
-    except TypeError:  # torch has this foreach op, but not for these argument types
-        return _one_by_one(single, args, {})
+    def _call(cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Many:
+        name = func.__name__
+        foreach = getattr(torch, f"_foreach_{name}", None)
+        if foreach is None or not isinstance(args[0], Many) or kwargs:
+            result = _one_by_one(func, args, kwargs)
+        else:
+            try:
+                result = Many(foreach(*[arg.tensors if isinstance(arg, Many) else arg for arg in args]) or [])
+            except TypeError:  # torch has this foreach op, but not for these argument types
+                result = _one_by_one(func, args, kwargs)
+        return args[0] if name.endswith("_") and not name.endswith("__") else result
 
 
 def _one_by_one(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Many:

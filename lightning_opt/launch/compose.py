@@ -19,7 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_opt.plan import ConfigError, tuned_records
@@ -48,8 +48,11 @@ class Composer:
         if self.extra is not None:
             path.prepend("command-line", f"file://{self.extra.resolve()}", SearchPathQuery(provider="schema"))
         GlobalHydra.instance().clear()
-        register_tuned(tuple(self.options_in("scale")))
+        register_tuned(tuple(self.options_in("scale")), tuple(self.options_in("schedule")))
         self._hydra = Hydra.create_main_hydra2("train", path)
+        schemas = ConfigStore.instance().repo["hydra"]["launcher"]
+        for name in self.options_in("hydra/launcher"):  # Hydra warns where a plugin brings a file of the same name
+            schemas.pop(f"{name}.yaml", None)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -80,8 +83,13 @@ class Composer:
         """Choices of a group."""
         if group not in self._options:  # Hydra looks into every file source anew each time
             if group == "tuned":
-                below = self.loader.get_group_options("tuned", None)
-                self._options[group] = [f"{name}/{cell}" for name in below for cell in self.options(f"tuned/{name}")]
+                scales = self.options_in("scale")
+                self._options[group] = sorted(
+                    f"{record.optimizer}/{record.model}_{scale}"
+                    for record in tuned_records()
+                    for scale in scales
+                    if record.at(scale)
+                )
             else:
                 self._options[group] = sorted(self.loader.get_group_options(group))
         return self._options[group]
@@ -141,24 +149,27 @@ def _one_line(overrides: Sequence[str]) -> Iterator[None]:
 
 
 @cache
-def register_tuned(scales: tuple[str, ...]) -> None:
-    """Puts plan's records where `optional tuned: <optimizer>/<model>_<scale>` finds them.
+def register_tuned(scales: tuple[str, ...], schedules: tuple[str, ...]) -> None:
+    """Puts plan's records where `optional tuned: <optimizer>/<model>_<scale>_<schedule>` finds them.
+
+    A record's own schedule comes with it where the schedule is `auto`, and only there: one that the user chose stays.
+    `tuned=<optimizer>/<model>_<scale>` takes the other values of any record.
 
     Args:
         scales: every scale there is, for records that hold at any.
+        schedules: every choice of a schedule.
     """
     store = ConfigStore.instance()
     for record in sorted(
         tuned_records(), key=lambda record: "any" not in record.scales
     ):  # the exact ones last: they win
+        whole = OmegaConf.create(_nested(record.values))
+        others = OmegaConf.masked_copy(whole, [key for key in whole if key != "schedule"])
         for scale in scales if "any" in record.scales else record.scales:
-            store.store(
-                group=f"tuned/{record.optimizer}",
-                name=f"{record.model}_{scale}",
-                package="_global_",
-                node=_nested(record.values),
-                provider="tuned",
-            )
+            cell = f"{record.model}_{scale}"
+            for name in (cell, *(f"{cell}_{schedule}" for schedule in schedules)):
+                node = whole if name == f"{cell}_auto" else others
+                store.store(name, node, f"tuned/{record.optimizer}", "_global_", "tuned")
 
 
 def _nested(values: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def main(argv: Sequence[str], conf: Path = CONF) -> int:
 
     Returns:
         Exit code: 0 finished, 1 failed, 2 wrong configuration, 3 diverged, 130 interrupted, 143 preempted. A sweep
-        runs its other jobs after a failed one and answers 1 if any failed, else 3 if any diverged, else 0.
+        answers 1 if any job failed, else 3 if any diverged, else 0.
     """
     try:
         args = _arguments(argv)
@@ -47,8 +47,19 @@ def main(argv: Sequence[str], conf: Path = CONF) -> int:
         return _hand_to_hydra([*_flags(args), *command.overrides], conf, _nothing)
     from lightning_opt.launch import task
 
-    task.begin(command.folder)
-    return _hand_to_hydra([*_flags(args), *command.overrides], conf, task.run_job) or task.exit_code()
+    def hand_over(overrides: list[str]) -> int:
+        return _hand_to_hydra([*_flags(args), *overrides], conf, task.run_job)
+
+    if command.swept is None:
+        task.begin(command.folder)
+        return hand_over(command.overrides) or task.exit_code()
+    from lightning_opt.launch.sweep import run_sweep
+
+    try:
+        return run_sweep(command, argv, hand_over)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return ExitCode.CONFIGURATION
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -59,6 +70,8 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 
     parser.error = refuse  # type: ignore[method-assign]
     args = parser.parse_intermixed_args(list(argv))
+    if args.cfg and args.multirun:
+        raise ConfigError("--cfg", args.cfg, "shows one configuration: leave out -m, and say one value for each field")
     if args.config_path:
         raise ConfigError("--config-path", args.config_path, "is fixed; add a folder of your own by --config-dir")
     return args

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_opt import plan
 from lightning_opt.launch.compose import Composer
+from lightning_opt.launch.launchers import check_launcher
 from lightning_opt.launch.names import check_field, check_group, is_group_choice
 from lightning_opt.launch.resolve import plain_config
 from lightning_opt.launch.targets import check_loggers, check_targets
@@ -22,7 +23,21 @@ from lightning_opt.plan import ConfigError
 from lightning_opt.plan.words import one_of
 from lightning_opt.run_folder import config_hash
 
-_GRIDS = ("BasicSweeper", "GridSweeper")
+_OF_THE_COMMAND = ("hydra.", "hydra/", "on_failure", "jobs_per_device", "resume")
+_OURS, _GRIDS = "GridSweeper", ("BasicSweeper", "GridSweeper")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job of a command.
+
+    Attributes:
+        config: its resolved configuration.
+        overrides: its own, as Hydra wants them; what concerns the whole command (`hydra`, a sweep's policy) left out.
+    """
+
+    config: dict[str, Any]
+    overrides: list[str]
 
 
 @dataclass(frozen=True)
@@ -31,14 +46,14 @@ class Command:
 
     Attributes:
         overrides: what to hand to Hydra; new keys of open maps carry the `++` that Hydra wants.
-        jobs: the resolved configuration of each job, in order; one job where it is no sweep.
-        multirun: whether it is a sweep.
-        folder: the run folder the user named by `hydra.run.dir`.
+        jobs: in order; one where it is no sweep.
+        swept: the keys that take several values; None where it is no sweep, or another sweeper than ours decides.
+        folder: the run folder the user named by `hydra.run.dir`, or the sweep folder by `hydra.sweep.dir`.
     """
 
     overrides: list[str]
-    jobs: list[dict[str, Any]]
-    multirun: bool
+    jobs: list[Job]
+    swept: list[str] | None
     folder: Path | None
 
 
@@ -67,31 +82,52 @@ def check_command(composer: Composer, lines: Sequence[str], *, multirun: bool = 
     for override in overrides:
         if override.key_or_group == "hydra.mode":
             raise ConfigError("hydra.mode", override.value(), "is not for you to set: use -m for a sweep")
-    sweep = multirun
-    grids = _expand(composer, overrides) if sweep else [overrides]
-    jobs, seen = [], {}
-    for number, job in enumerate(grids):
-        cfg = checker.compose(job, sweep)
+    grid = _expand(composer, overrides) if multirun else _Grid([overrides], None)
+    found, seen = [], {}
+    for number, job in enumerate(grid.jobs):
+        cfg = checker.compose(job, multirun)
         if not values:
             continue
         config = check_job(cfg)
+        if multirun and not number:
+            check_launcher(cfg.hydra, config)
         _check_scale_counts(job, config)
         same = seen.setdefault(config_hash(config), number)
         if same != number:
             changed = " ".join(o.input_line or "" for o in job)
             raise ConfigError("sweep", changed, f"job {number} is the same configuration as job {same}: leave one out")
-        jobs.append(config)
-    folder, marked = None, [checker.marked(override) for override in overrides]
-    if sweep and any(o.key_or_group == "hydra.run.dir" for o in overrides):
-        raise ConfigError(
-            "hydra.run.dir", cfg.hydra.run.dir, "names one run's folder; a sweep takes hydra.sweep.dir=FOLDER"
-        )
-    if not sweep and any(o.key_or_group == "hydra.run.dir" for o in overrides):
-        cfg = composer.compose(marked)  # whole, because the folder's name may use Hydra's own words
-        HydraConfig.instance().set_config(cfg)
-        folder = Path(str(cfg.hydra.run.dir))
-        marked = [line for line in marked if not line.lstrip("+").startswith("hydra.run.dir=")]
-    return Command(marked, jobs, sweep, folder)
+        found.append((config, job))
+    jobs = [
+        Job(config, [checker.marked(o) for o in job if not o.key_or_group.startswith(_OF_THE_COMMAND)])
+        for config, job in found
+    ]
+    field = "hydra.sweep.dir" if multirun else "hydra.run.dir"
+    _check_folder_keys(overrides, multirun)
+    marked = [checker.marked(override) for override in overrides]
+    folder = None
+    if any(o.key_or_group == field for o in overrides) and (grid.swept is not None or not multirun):
+        folder = _named(composer, [checker.marked(o) for o in grid.jobs[0]], field)
+        marked = [line for line in marked if not line.lstrip("+").startswith(f"{field}=")]
+    return Command(marked, jobs, grid.swept, folder)
+
+
+def _check_folder_keys(overrides: Sequence[Override], multirun: bool) -> None:
+    for override in overrides:
+        key = override.key_or_group
+        if key == "hydra.sweep.subdir":
+            raise ConfigError(
+                key, override.value(), "is chosen by the sweep: name its folder by hydra.sweep.dir=FOLDER"
+            )
+        if multirun and key == "hydra.run.dir":
+            raise ConfigError(key, override.value(), "names one run's folder; a sweep takes hydra.sweep.dir=FOLDER")
+
+
+def _named(composer: Composer, lines: list[str], field: str) -> Path | None:
+    """The folder that a field of Hydra's names; the whole is composed, because it may use Hydra's own words."""
+    cfg = composer.compose(lines, sweep=field == "hydra.sweep.dir")
+    HydraConfig.instance().set_config(cfg)
+    name = str(OmegaConf.select(cfg, field))
+    return None if name == "." else Path(name)
 
 
 def check_job(cfg: DictConfig) -> dict[str, Any]:
@@ -108,7 +144,7 @@ def check_job(cfg: DictConfig) -> dict[str, Any]:
     config = plan.normalised(plain_config(cfg))
     run = plan.check(config)
     _check_rules(config["optimizer"])
-    check_targets({key: config[key] for key in ("model", "callbacks", "logger") if key in config})
+    check_targets({key: config[key] for key in ("model", "callbacks") if key in config})
     check_loggers(config.get("logger") or {})
     data.check(plan.data_config(config), tokens=run.tokens)
     evaluation.check(config["evaluation"])
@@ -163,7 +199,12 @@ class _Checker:
         return f"++{line}" if override.key_or_group in self._new and not line.startswith(("+", "~")) else line
 
 
-def _expand(composer: Composer, overrides: list[Override]) -> list[list[Override]]:
+class _Grid(NamedTuple):
+    jobs: list[list[Override]]
+    swept: list[str] | None
+
+
+def _expand(composer: Composer, overrides: list[Override]) -> _Grid:
     """The jobs of a sweep; one representative job where a sweeper other than a grid decides later."""
     plain = [o for o in overrides if not o.is_sweep_override()]
     hydra = [str(o.input_line) for o in plain if o.key_or_group.startswith(("hydra/", "hydra.", "experiment"))]
@@ -174,8 +215,9 @@ def _expand(composer: Composer, overrides: list[Override]) -> list[list[Override
     params = OmegaConf.to_container(sweeper.get("params")) if sweeper.get("params") else {}
     lines = [f"{key}={value}" for key, value in dict(params or {}).items()]
     every = composer.parse(lines) + list(overrides)
-    if str(sweeper.get("_target_")).rpartition(".")[2] not in _GRIDS:
-        return [composer.parse([_first_choice(override) for override in every])]
+    kind = str(sweeper.get("_target_")).rpartition(".")[2]
+    if kind not in _GRIDS:
+        return _Grid([composer.parse([_first_choice(override) for override in every])], None)
     for override in every:
         if override.is_sweep_override() and not override.is_discrete_sweep():
             value = str(override.input_line).partition("=")[2]
@@ -183,7 +225,8 @@ def _expand(composer: Composer, overrides: list[Override]) -> list[list[Override
                 override.key_or_group, value, "cannot be listed by a grid: write choice(...) or range(...)"
             )
     batches = BasicSweeper.split_arguments(every, None)
-    return [composer.parse(job) for batch in batches for job in batch]
+    swept = list(dict.fromkeys(override.key_or_group for override in every if override.is_sweep_override()))
+    return _Grid([composer.parse(job) for batch in batches for job in batch], swept if kind == _OURS else None)
 
 
 def _first_choice(override: Override) -> str:

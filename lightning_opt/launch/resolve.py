@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -75,6 +75,11 @@ def _environment_unresolved() -> Iterator[None]:
         yield
     finally:
         OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
+
+
+def quoted(value: Any) -> str:
+    """A value in Hydra's grammar, whatever characters it holds."""
+    return Override._get_value_element_as_str(QuotedString(str(value), Quote.single))
 
 
 def redact(overrides: Sequence[str]) -> list[str]:

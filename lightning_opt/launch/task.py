@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_opt.job.signals import Terminated, terminable
 from lightning_opt.launch.preflight import check_job
 from lightning_opt.launch.resolve import redact, saved_text
-from lightning_opt.plan import ConfigError, tuned
-from lightning_opt.run_folder import ExitCode, FolderRefused, RunFolder, claim, config_hash
+from lightning_opt.plan import ConfigError, place, tuned
+from lightning_opt.run_folder import ExitCode, FolderRefused, RunFolder, claim, config_hash, record_end
 
 RUNS = Path("runs")
-_STOPS = (ExitCode.INTERRUPTED, ExitCode.PREEMPTED)  # whoever interrupts one job of a sweep means the sweep
+STOPS = (ExitCode.INTERRUPTED, ExitCode.PREEMPTED)  # whoever interrupts one job of a sweep means the sweep
 
 # Hydra hands neither anything but a configuration to a job nor a job's answer back, so both pass by here.
 _named_folder: Path | None = None
@@ -36,9 +39,14 @@ def begin(named_folder: Path | None) -> None:
     _codes.clear()
 
 
-def report(codes: Sequence[int]) -> None:
-    """For a sweeper: the exit codes of all jobs, which may have run in other processes."""
-    _codes[:] = codes
+def note(code: int) -> None:
+    """Adds the exit code of a job, which may have run in another process."""
+    _codes.append(code)
+
+
+def stopped() -> int | None:
+    """The exit code of a job that was interrupted or asked to end, if any was."""
+    return next((int(code) for code in _codes if code in STOPS), None)
 
 
 def exit_code() -> int:
@@ -60,47 +68,97 @@ def run_job(cfg: DictConfig) -> int:
         Its exit code.
     """
     code = _guarded(cfg)
-    _codes.append(code)
-    if code in _STOPS:
-        raise SystemExit(code)
-    return code
+    note(code)
+    if code in STOPS:
+        raise SystemExit(int(code))
+    return int(code)
 
 
 def _guarded(cfg: DictConfig) -> int:
+    if not place().first:
+        return _follow(cfg)
+    with terminable():
+        try:
+            config = check_job(cfg)
+            folder = _claim(config)
+        except ConfigError as error:
+            print(error, file=sys.stderr)
+            return ExitCode.CONFIGURATION
+        except KeyboardInterrupt:
+            return ExitCode.INTERRUPTED
+        except Terminated:
+            return ExitCode.PREEMPTED
+        try:
+            return _run(cfg, config, folder)
+        except ConfigError as error:
+            return _ended(folder, config, ExitCode.CONFIGURATION, str(error))
+        except KeyboardInterrupt:
+            return _ended(folder, config, ExitCode.INTERRUPTED, "interrupted before the first step")
+        except Terminated:
+            return _ended(folder, config, ExitCode.PREEMPTED, "stopped by SIGTERM before the first step")
+        except Exception as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            return _ended(folder, config, ExitCode.FAILED, reason, traceback.format_exc())
+
+
+def _follow(cfg: DictConfig) -> int:
+    """Works along in a run that torchrun or srun started several processes for: the first has its folder and speaks."""
     try:
-        return _run(cfg)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
+        config = check_job(cfg)
+    except ConfigError:
         return ExitCode.CONFIGURATION
-    except KeyboardInterrupt:
-        return ExitCode.INTERRUPTED
-    except Exception:
-        traceback.print_exc()
-        return ExitCode.FAILED
+    from lightning_opt import job
+
+    return job.run(config, None, overrides=[], saved_config="", instantiate=instantiate)
 
 
-def _run(cfg: DictConfig) -> int:
+def _ended(folder: RunFolder, config: dict[str, Any], code: ExitCode, reason: str, trace: str = "") -> int:
+    """Says and records how a job ended that did not come as far as its own stages."""
+    print(trace.rstrip() or reason, file=sys.stderr, flush=True)
+    state = "PREEMPTED" if code in STOPS else "FAILED"
+    record_end(folder, config_hash(config), state, reason, trace)
+    return code
+
+
+def _run(cfg: DictConfig, config: dict[str, Any], folder: RunFolder) -> int:
     hydra = HydraConfig.get()
-    config = check_job(cfg)
-    root = RUNS
-    if hydra.mode == RunMode.MULTIRUN and str(hydra.sweep.dir) != ".":
-        root = Path(str(hydra.sweep.dir))
-    folder = _claim(root, config)
     text, overrides, source = saved_text(cfg), redact(OmegaConf.to_container(hydra.overrides.task)), tuned_values(cfg)
 
     from lightning_opt import job  # heavy: only once everything is found right
 
-    return job.run(config, folder, overrides=overrides, saved_config=text, instantiate=instantiate, tuned=source)
+    with _crashes_in(folder.log):
+        return job.run(config, folder, overrides=overrides, saved_config=text, instantiate=instantiate, tuned=source)
 
 
-def _claim(root: Path, config: dict[str, Any]) -> RunFolder:
-    field, place = "hydra.sweep.dir" if root != RUNS else "hydra.run.dir", _named_folder or root
+@contextmanager
+def _crashes_in(path: Path) -> Iterator[None]:
+    """A crash below Python (a segmentation fault) leaves its stack in this file."""
+    before = faulthandler.is_enabled()
+    with path.open("a") as file:
+        faulthandler.enable(file)
+        try:
+            yield
+        finally:
+            faulthandler.disable()
+    if before and sys.__stderr__ is not None:
+        faulthandler.enable(sys.__stderr__)
+
+
+def _claim(config: dict[str, Any]) -> RunFolder:
+    """The run's folder: the one that the sweep chose, the one that the user named, or a new one below `RUNS`."""
+    hydra = HydraConfig.get()
+    root, named, resume, field = RUNS, _named_folder, config["resume"], "hydra.run.dir"
+    if hydra.mode == RunMode.MULTIRUN:
+        field = "hydra.sweep.dir"
+        root = RUNS if str(hydra.sweep.dir) == "." else Path(str(hydra.sweep.dir))
+        if str(hydra.sweep.subdir) != ".":  # the sweep's folder is new or not; its jobs go on
+            named, resume = root / str(hydra.sweep.subdir), "auto"
     try:
-        return claim(root, config["name"], config_hash(config), resume=config["resume"], path=_named_folder)[0]
+        return claim(root, config["name"], config_hash(config), resume=resume, path=named)[0]
     except FolderRefused as error:
-        raise ConfigError(field, str(place), f"must be {error}") from None
+        raise ConfigError(field, str(named), f"must be {error}") from None
     except OSError as error:
-        raise ConfigError(field, str(place), f"must be a folder we can write to ({error.strerror})") from None
+        raise ConfigError(field, str(named or root), f"must be a folder we can write to ({error.strerror})") from None
 
 
 def tuned_values(cfg: DictConfig) -> dict[str, Any] | None:
@@ -110,7 +168,7 @@ def tuned_values(cfg: DictConfig) -> dict[str, Any] | None:
     if not name:
         return None
     optimizer, _, cell = str(name).partition("/")
-    model, _, scale = cell.rpartition("_")
+    model, _, scale = cell.removesuffix(f"_{choices.get('schedule')}").rpartition("_")
     record = tuned(optimizer, model, scale)
     if record is None:
         return None

@@ -6,8 +6,10 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "builder": ["build"],
-        "dense": ["llama"],
+        "dense": ["gpt2", "llama"],
         "pretrained": ["hf"],
+        "chunked": ["IGNORE", "linear_cross_entropy", "logits_cross_entropy"],
         "loss": ["Loss", "causal_lm_loss"],
+        "compiling": ["compiled", "decoder_layers"],
     },
 )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from lightning_opt.plan import ConfigError
+
+log = logging.getLogger("lightning_opt.models")
 
 # Keys of the group that say how the model is trained or counted, not what it is.
 _NOT_ARCHITECTURE = ("name", "z_loss", "activation_checkpointing", "non_embedding_params")
@@ -36,8 +39,12 @@ def build(
         ConfigError: the tokenizer has ids that the model does not know, or checkpointing is not to be had.
     """
     architecture = {key: value for key, value in config.items() if key not in _NOT_ARCHITECTURE}
-    if architecture.pop("vocab_size", None) is not None:
+    stated = architecture.pop("vocab_size", None)
+    if stated is not None:
         architecture["vocab_size"] = vocab_size
+        if vocab_size != stated:
+            why = "as many as the tokenizer has ids (another tokenizer: data.tokenizer.path=FOLDER_OR_HUB_ID)"
+            log.info("model.vocab_size is %d, but the embedding gets %d rows: %s", stated, vocab_size, why)
     model = instantiate(architecture)
     if "vocab_size" in architecture and eos_token_id is not None:
         for settings in (model.config, model.generation_config):

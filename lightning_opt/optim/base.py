@@ -80,7 +80,7 @@ class Optimizer(torch.optim.Optimizer):
         self.__dict__.setdefault("_before_update", [])
         self.__dict__.setdefault("_clipping", Clipping())
         self.__dict__.setdefault("_signals", {})
-        self.__dict__.setdefault("_choices", {})
+        self.__dict__.setdefault("_elements", {})  # rule -> number of its weights
         self.__dict__.setdefault("_stepped", False)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -109,7 +109,7 @@ class Optimizer(torch.optim.Optimizer):
         super().add_param_group(group)
         for key in set(self.param_groups[-1]) - set(group) - _ALLOWED:
             del self.param_groups[-1][key]  # torch fills in every default, also those of another rule
-        self._choices.clear()
+        self._elements.clear()
 
     # -- the step ---------------------------------------------------------------------------------------------------
 
@@ -146,17 +146,19 @@ class Optimizer(torch.optim.Optimizer):
         """The group's parameters with gradients, apart by step count, device and dtypes; counts the step."""
         found: dict[tuple[Any, ...], list[list[Tensor]]] = {}
         for p in group["params"]:
-            if p.grad is None:
+            grad = p.grad
+            if grad is None:
                 continue
-            _refuse_sparse(p.grad)
+            if grad.layout is not torch.strided:
+                _refuse_sparse(grad)
             state = self.state[p]
             if not state:
                 self._init_state(rule, group, p, state)
             state["step"] += 1
-            tensors = [p, p.grad, *(state[name] for name in rule.state)]
-            if rule.elementwise:
+            tensors = [p, grad, *[state[name] for name in rule.state]]
+            if rule.elementwise and type(p) is not torch.nn.Parameter:
                 tensors = _local(tensors)
-            key = (state["step"], p.device, *(t.dtype for t in tensors))
+            key = (state["step"], p.device, *[t.dtype for t in tensors])
             found.setdefault(key, []).append(tensors)
         shrink, l2 = _decay(group)
         for (step, *_), rows in found.items():
@@ -233,11 +235,10 @@ class Optimizer(torch.optim.Optimizer):
     def _choose(
         self, rule: Rule, group: Mapping[str, Any], device: torch.device, dtypes: tuple[torch.dtype, ...]
     ) -> Choice:
-        key = (rule.name, group["implementation"], device.type, dtypes)
-        if key not in self._choices:
-            elements = sum(p.numel() for g in self.param_groups if g["rule"] == rule.name for p in g["params"])
-            self._choices[key] = kernels.choose(rule, group["implementation"], device, dtypes, elements)
-        return self._choices[key]
+        if rule.name not in self._elements:
+            members = (p for g in self.param_groups if g["rule"] == rule.name for p in g["params"])
+            self._elements[rule.name] = sum(p.numel() for p in members)
+        return kernels.choose(rule, group["implementation"], device, dtypes, self._elements[rule.name])
 
     def _choice_of(self, group: Mapping[str, Any]) -> Choice:
         rule = find_rule(group["rule"])
@@ -303,7 +304,6 @@ class Optimizer(torch.optim.Optimizer):
                 for name, dtype in state_dtypes(rule, group, p).items() if self.state.get(p) else ():
                     if self.state[p][name].dtype != dtype:
                         self.state[p][name] = state_dict["state"][index][name].to(device=p.device, dtype=dtype)
-        self._choices.clear()
 
 
 def _refuse_unknown(spec: Rule, hyper: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = attach(
         "checks": ["RunPlan", "check", "data_config", "is_hub_id", "normalised"],
         "words": ["closest", "one_of"],
         "lengths": ["steps_for_epochs"],
+        "processes": ["Place", "place"],
         "flops": ["flops_per_token"],
         "records": ["TunedRecord", "tuned", "tuned_records"],
     },

@@ -16,7 +16,8 @@ from lightning_opt.plan.lengths import (
     steps_for_warmup,
     token_budget,
 )
-from lightning_opt.plan.values import ConfigError, check_value, rule_for
+from lightning_opt.plan.processes import place
+from lightning_opt.plan.values import LARGEST_TRAINED_VOCABULARY, ConfigError, check_value, rule_for
 from lightning_opt.plan.words import closest, one_of
 
 ROLES = ("default", "matrix", "expert", "embedding", "head", "norm", "bias", "router", "other")
@@ -90,11 +91,20 @@ def _normalised(value: Any, path: str) -> Any:
 
 
 def data_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The `data` part as a run uses it: a model that brings its tokenizer is trained with it."""
-    path, tokenizer = config["model"].get("path"), config["data"].get("tokenizer") or {}
-    if not path or tokenizer.get("path"):
+    """The `data` part as a run uses it.
+
+    A model that brings its tokenizer is trained with it. A tokenizer that is trained on the spot to a model's
+    vocabulary has no more entries than its few megabytes of text can teach; a size the user gives it stays.
+    """
+    model, tokenizer = config["model"], config["data"].get("tokenizer") or {}
+    size = tokenizer.get("vocab_size")
+    if tokenizer.get("path"):
         return config["data"]
-    return {**config["data"], "tokenizer": {**tokenizer, "path": path}}
+    if model.get("path"):
+        tokenizer = {**tokenizer, "path": model["path"]}
+    elif size is not None and size == model.get("vocab_size"):
+        tokenizer = {**tokenizer, "vocab_size": min(size, LARGEST_TRAINED_VOCABULARY)}
+    return {**config["data"], "tokenizer": tokenizer}
 
 
 def is_hub_id(path: str) -> bool:
@@ -123,6 +133,8 @@ def _check_model(model: dict[str, Any]) -> None:
         if kv_heads and heads % kv_heads:
             near = " or ".join(str(n) for n in _divisors_near(heads, kv_heads))
             raise ConfigError("model.num_kv_heads", kv_heads, f"must divide model.num_heads = {heads}: {near}")
+    if model.get("_target_") == "lightning_opt.models.gpt2" and isinstance(model.get("init"), str):
+        raise ConfigError("model.init", model["init"], "must be a number for GPT-2, whose own is 0.02")
     path = model.get("path")
     if "path" in model and not path:
         raise ConfigError("model.path", path, "must name a folder with a Hugging Face model, or a hub id")
@@ -180,13 +192,20 @@ def _check_data(data: dict[str, Any], model: dict[str, Any]) -> None:
 
 
 def _check_devices(trainer: dict[str, Any]) -> None:
-    for field in ("devices", "num_nodes"):
-        if trainer[field] > 1:
-            raise ConfigError(
-                f"trainer.{field}",
-                trainer[field],
-                "must be 1: more than one device comes with distributed training (not yet supported by this version)",
-            )
+    here, asked = place(), trainer["devices"] * trainer["num_nodes"]
+    if here.launcher and here.world_size != asked:
+        raise ConfigError(
+            "trainer.devices",
+            trainer["devices"],
+            f"x num_nodes must be the {here.world_size} that {here.launcher} started",
+        )
+    if trainer["num_nodes"] > 1 and not here.launcher:
+        raise ConfigError(
+            "trainer.num_nodes",
+            trainer["num_nodes"],
+            "needs torchrun or srun on every node, one process per device, for example "
+            f"torchrun --nnodes {trainer['num_nodes']} --nproc-per-node {trainer['devices']} ... train.py ...",
+        )
 
 
 def _near_path(path: Path) -> str:

@@ -26,12 +26,18 @@ def flops_per_token(
 
 
 def non_embedding_params(
-    num_layers: int, hidden_size: int, intermediate_size: int, num_heads: int, num_kv_heads: int | None = None
+    num_layers: int,
+    hidden_size: int,
+    intermediate_size: int,
+    num_heads: int,
+    num_kv_heads: int | None = None,
+    mlp_matrices: int = 3,
 ) -> int:
-    """Matrix parameters of a Llama without embedding, head and norms: ``L (3 h i + 2 h h + 2 h k)``.
+    """Matrix parameters of a decoder without embedding, head, norms and biases: ``L (m h i + 2 h h + 2 h k)``.
 
-    k is the width of the keys, ``h * num_kv_heads / num_heads``; with as many key heads as heads this is the study's
-    ``L (3 h i + 4 h h)`` (arXiv:2509.02046).
+    m is the number of matrices of the MLP: 3 for Llama, whose MLP is gated, 2 for GPT-2; k is the width of the keys,
+    ``h * num_kv_heads / num_heads``. With as many key heads as heads a Llama has the study's ``L (3 h i + 4 h h)``
+    (arXiv:2509.02046).
     """
     key_width = hidden_size * (num_kv_heads or num_heads) // num_heads
-    return num_layers * (3 * hidden_size * intermediate_size + 2 * hidden_size * (hidden_size + key_width))
+    return num_layers * (mlp_matrices * hidden_size * intermediate_size + 2 * hidden_size * (hidden_size + key_width))

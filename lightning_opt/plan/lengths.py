@@ -55,9 +55,13 @@ def split_batch(trainer: dict[str, Any]) -> tuple[int, int, int]:
 
 def params_for_length(model: dict[str, Any]) -> int | None:
     """Non-embedding parameters: from the shape where it is ours, else as the model's file states them, else None."""
-    shape = [model.get(key) for key in ("num_layers", "hidden_size", "intermediate_size", "num_heads")]
-    if model.get("_target_") == "lightning_opt.models.llama" and all(shape):
-        return non_embedding_params(*shape, model.get("num_kv_heads"))
+    target, inner = model.get("_target_"), model.get("intermediate_size")
+    layers, hidden, heads = (model.get(key) for key in ("num_layers", "hidden_size", "num_heads"))
+    if layers and hidden and heads:
+        if target == "lightning_opt.models.gpt2":
+            return non_embedding_params(layers, hidden, 4 * hidden, heads, mlp_matrices=2)
+        if target == "lightning_opt.models.llama" and inner:
+            return non_embedding_params(layers, hidden, inner, heads, model.get("num_kv_heads"))
     return model.get("non_embedding_params")
 
 

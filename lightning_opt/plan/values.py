@@ -54,6 +54,7 @@ class Rule:
         high: largest value; ``high_open`` excludes it.
         choices: allowed words (``choice``), or words allowed beside a number (other kinds).
         pattern: regular expression a word may match instead of being one of `choices`.
+        booleans: the choices that false and true mean; YAML reads an unquoted `off` as false.
         length: number of items of ``floats``.
         none: what null means, or an empty string where null is refused.
         hint: shown after the range, for example typical values.
@@ -66,6 +67,7 @@ class Rule:
     high_open: bool = False
     choices: Sequence[str] = ()
     pattern: str = ""
+    booleans: tuple[str, str] | None = None
     length: int = 0
     none: str = ""
     hint: str = ""
@@ -115,6 +117,8 @@ class Rule:
         if value is None:
             if self.none:
                 return None
+        elif isinstance(value, bool) and self.booleans:
+            return self.booleans[value]
         elif isinstance(value, str) and (value in self.choices or (self.pattern and re.fullmatch(self.pattern, value))):
             return value
         elif self.kind in {"float", "int"}:
@@ -161,6 +165,7 @@ def _choice(*choices: str, **more: Any) -> Rule:
 
 _FRACTION = {"low": 0, "high": 1, "high_open": True}
 SMALLEST_VOCABULARY = 257
+LARGEST_TRAINED_VOCABULARY = 16384  # of 6 MB of text: each entry is seen about a hundred times
 
 RULES: dict[str, Rule] = {
     # optimizer (the last part of the name is enough, so roles and constructors obey them too)
@@ -197,14 +202,21 @@ RULES: dict[str, Rule] = {
     # trainer
     "seed": Rule("int", 0, 2**32 - 1),
     "resume": _choice("auto", "never"),
+    "on_failure": Rule(
+        "choice",
+        choices=("continue", "stop"),
+        pattern=r"retry:[1-9]\d*",
+        expected="must be continue, stop or retry:N (retry:2 runs a failed job at most twice more)",
+    ),
+    "jobs_per_device": _count(hint="jobs of a sweep at once on one GPU, or on the CPU where there is none"),
     "global_batch_size": _count(hint="sequences per optimizer step"),
     "micro_batch_size": _count(none="as large as the global batch allows"),
     "accelerator": _choice("auto", "cpu", "gpu", "cuda", "mps"),
     "trainer.devices": _count(hint="per node"),
     "num_nodes": _count(),
-    "strategy": _choice("auto", "ddp"),
+    "strategy": _choice("auto", "ddp", "fsdp"),
     "precision": _choice("auto", "32-true", "bf16-mixed", "bf16-true"),
-    "compile": Rule("bool"),
+    "compile": _choice("off", "layers", "model", booleans=("off", "layers")),
     "log_every_n_steps": _count(),
     "val_every_n_steps": _count(none="4 times over the run"),
     "val_sequences": _count(0, "sequences per corpus, 0 = no validation"),
@@ -223,7 +235,7 @@ RULES: dict[str, Rule] = {
     "tie_embeddings": Rule("bool"),
     "qk_norm": Rule("bool"),
     "z_loss": _number(0, hint="typical 1e-4; 0 = off"),
-    "init": _positive("standard deviation; width = hidden_size**-0.5", choices=("width",)),
+    "init": _positive("std; width = hidden_size**-0.5; study = fan_in**-0.5", choices=("width", "study")),
     "activation_checkpointing": Rule(
         "choice",
         choices=("off", "full"),

@@ -1,4 +1,4 @@
-"""Reports: reads a run folder and writes what a person wants to see of it (HTML, Markdown, model card). Never torch."""
+"""Reports: reads run folders and writes what a person wants to see: a run, a sweep, a model card. Never torch."""
 
 from lightning_opt._lazy import attach
 
@@ -10,5 +10,7 @@ __getattr__, __dir__, __all__ = attach(
         "canvas": ["Figure"],
         "tables": ["Table"],
         "commands": ["next_commands"],
+        "sweep_page": ["compare", "write_sweep"],
+        "terminal": ["sweep_lines"],
     },
 )

@@ -147,7 +147,7 @@ def tick(value: float, tiny: bool = False) -> str:
         return "0"
     if abs(value) >= 1000:
         return re.sub(r"\.?0+(?=[kMBT]$)", "", short(value)) if "." in short(value) else short(value)
-    text = f"{value:.3g}"
+    text = f"{value:.4g}"
     if tiny or "e" in text:
         mantissa, exponent = f"{value:.2e}".split("e")
         text = f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
-from lightning_opt.reports.reading import Run
+from lightning_opt.reports.reading import Run, override_key
 
 _OTHERS = ("adamw", "lion")
 
@@ -32,8 +33,8 @@ def next_commands(run: Run) -> tuple[tuple[str, str], ...]:
         again = "Train again, with half the rate"
     overrides = list(run.overrides)
     if run.state == "DIVERGED":
-        overrides = [*_without(overrides, r"optimizer\.lr_scale"), f"optimizer.lr_scale={_half_scale(run):g}"]
-    train = (again, _command(["python", "train.py", *overrides]))
+        overrides = [*without(overrides, r"optimizer\.lr_scale"), f"optimizer.lr_scale={_half_scale(run):g}"]
+    train = (again, command(["python", "train.py", *overrides]))
     score = ("Score the trained model on the real test sets", f"python -m recipes.evaluate {path} --suite full")
     compare = ("Compare with another optimizer on the same data and tokens", _compare(run))
     draw = ("Draw this report again", f"python -m recipes.report {path}")
@@ -43,17 +44,13 @@ def next_commands(run: Run) -> tuple[tuple[str, str], ...]:
 def _compare(run: Run) -> str:
     mine = str(run.asked("optimizer.name") or run.summary.get("optimizer") or "lion")
     names = [mine, next(name for name in _OTHERS if name != mine)]
-    kept = _without(run.overrides, r"optimizer|optimizer\..*|name|hydra\.run\.dir|hydra\.sweep\.dir")
-    return _command(["python", "train.py", "-m", f"optimizer={','.join(names)}", *kept])
+    kept = without(run.overrides, r"optimizer|optimizer\..*|name|hydra\.run\.dir|hydra\.sweep\.dir")
+    return command(["python", "train.py", "-m", f"optimizer={','.join(names)}", *kept])
 
 
-def _without(overrides: list[str], pattern: str) -> list[str]:
+def without(overrides: Iterable[str], pattern: str) -> list[str]:
     """Overrides whose key (without Hydra's ``+`` and ``~``) does not match."""
-    return [
-        override
-        for override in overrides
-        if not re.fullmatch(pattern, override.lstrip("+~").split("=")[0].split("@")[0])
-    ]
+    return [override for override in overrides if not re.fullmatch(pattern, override_key(override))]
 
 
 def _half_scale(run: Run) -> float:
@@ -61,5 +58,6 @@ def _half_scale(run: Run) -> float:
     return 0.5 * scale if isinstance(scale, int | float) and scale > 0 else 0.5
 
 
-def _command(words: list[str]) -> str:
+def command(words: list[str]) -> str:
+    """The words as a shell takes them."""
     return " ".join(shlex.quote(word) for word in words)

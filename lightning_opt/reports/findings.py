@@ -9,7 +9,7 @@ from lightning_opt.reports import quantities as q
 from lightning_opt.reports.reading import Run
 from lightning_opt.reports.scores import Score, comparability, listed
 
-_SUBWORDS = {"adamw": "AdamW", "lion": "Lion", "muon": "Muon", "soap": "SOAP", "mars": "Mars", "scion": "Scion"}
+_SPELLED = {"adamw": "AdamW", "lion": "Lion", "muon": "Muon", "soap": "SOAP", "mars": "Mars", "scion": "Scion"}
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,12 @@ class Card:
 
 def optimizer_name(run: Run) -> str:
     """The optimizer as it is usually spelled."""
-    name = str(_plain(run.summary.get("optimizer")) or run.asked("optimizer.name") or "an unnamed optimizer")
-    return _SUBWORDS.get(name, name)
+    return spelled(str(_plain(run.summary.get("optimizer")) or run.asked("optimizer.name") or "an unnamed optimizer"))
+
+
+def spelled(name: str) -> str:
+    """An optimizer's configuration name as its authors write it."""
+    return _SPELLED.get(name, name)
 
 
 def model_name(run: Run) -> str:

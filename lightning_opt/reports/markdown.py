@@ -17,10 +17,21 @@ def escape(text: object) -> str:
     return re.sub(r"(https?|ftp)://", r"\1:&#47;&#47;", flat)
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], numeric: frozenset[int] = frozenset()) -> str:
-    """A Markdown table; ``numeric`` columns are aligned right."""
+def table(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    numeric: frozenset[int] = frozenset(),
+    links: Sequence[str] = (),
+    best: frozenset[int] = frozenset(),
+) -> str:
+    """A Markdown table; ``numeric`` columns are aligned right, ``links`` are of the first cells, ``best`` rows bold."""
     marks = ["---:" if index in numeric else "---" for index in range(len(header))]
-    lines = [[escape(cell) for cell in header], marks, *([escape(cell) for cell in row] for row in rows)]
+    body = [[escape(cell) for cell in row] for row in rows]
+    for index in best:
+        body[index] = [f"**{cell}**" if cell else cell for cell in body[index]]
+    for row, link in zip(body, links, strict=False):
+        row[0] = f"[{row[0]}]({link})" if link else row[0]
+    lines = [[escape(cell) for cell in header], marks, *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

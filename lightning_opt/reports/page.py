@@ -87,19 +87,21 @@ def report(run: Run) -> dict[str, Any]:
         "tone": style.STATES.get(run.state, "muted"),
         "subtitle": f"{findings.optimizer_name(run)} · {findings.model_name(run)} · {findings.data_name(run)}",
         "folder": run.folder.resolve().name,
+        "source": f"run folder {run.folder.resolve().name}",
+        "reading": "How to read this run",
         "alarm_tone": style.STATES.get(run.state, "muted") if run.state != "FINISHED" else "bad",
         "alarm": findings.alarm(run, entries),
-        "verdict": guarded("verdict", lambda: findings.verdict(run, entries), "No verdict could be drawn."),
+        "verdict": (guarded("verdict", lambda: findings.verdict(run, entries), "No verdict could be drawn."),),
         "cards": guarded("cards", lambda: findings.cards(run, entries), ()),
         "notes": guarded("notes", lambda: findings.notes(run, entries), ()),
-        "sections": [guarded(key, make, Section(key, key.capitalize(), _BROKEN)) for key, make in parts],
+        "sections": [guarded(key, make, Section(key, key.capitalize(), BROKEN)) for key, make in parts],
         "commands": guarded("commands", lambda: next_commands(run), ()),
         "missing": run.missing,
         "entries": entries,
     }
 
 
-_BROKEN = "This part could not be drawn from the files in the folder; the run's log says why."
+BROKEN = "This part could not be drawn from the files in the folder; the run's log says why."
 
 
 def guarded(name: str, make: Callable[[], Any], otherwise: Any) -> Any:
@@ -129,7 +131,11 @@ def render(template: str, content: dict[str, Any]) -> str:
 
 def tight(text: str) -> str:
     """The text with its units held to their numbers, so that no line breaks between them."""
-    return re.sub(r"(?<=\d) (?=(?:ms|s|min|h|%|[KMG]iB|B)\b|%)|(?<=±) | (?=±)", "\N{NO-BREAK SPACE}", text)
+    return re.sub(
+        r"(?<=\d) (?=(?:ms|s|min|h|%|[KMG]iB|B)\b|%)|(?<=±) | (?=±)|(?<=\bn) (?==)|(?<=n =) ",
+        "\N{NO-BREAK SPACE}",
+        text,
+    )
 
 
 def _loss(run: Run) -> Section:

@@ -100,6 +100,11 @@ class Run:
         return list(dict.fromkeys([*names, *self.part("summary", "val_loss_by_corpus"), *self.family("val/loss")]))
 
 
+def override_key(override: str) -> str:
+    """The name that an override sets, without Hydra's ``+`` and ``~`` and without its package."""
+    return override.lstrip("+~").split("=")[0].split("@")[0]
+
+
 def read(folder: Path) -> Run:
     """Reads a run folder.
 

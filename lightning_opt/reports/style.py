@@ -7,6 +7,9 @@ replaces every one of them by its CSS variable, so one drawing serves both modes
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
+
 # name -> (light, dark). All light values differ, because the light value is how a drawing names its colour.
 COLOURS: dict[str, tuple[str, str]] = {
     "page": ("#fbfbfa", "#14161a"),
@@ -57,7 +60,7 @@ STATES: dict[str, str] = {
     "FAILED": "bad",
 }
 
-_CORPORA = ("blue", "orange", "green", "pink", "ochre", "indigo", "sky", "grey")
+_HUES = ("blue", "orange", "green", "pink", "ochre", "indigo", "sky", "grey")
 
 
 def hexadecimal(name: str) -> str:
@@ -72,7 +75,19 @@ def role_colour(role: str) -> str:
 
 def corpus_colour(index: int) -> str:
     """Colour name of the corpus at this place of the mixture."""
-    return _CORPORA[index % len(_CORPORA)]
+    return _HUES[index % len(_HUES)]
+
+
+def optimizer_colours(names: Iterable[str]) -> dict[str, tuple[str, bool]]:
+    """Colour name of each optimizer, and whether its lines are dashed, which the ninth and later ones are.
+
+    The two that most comparisons hold keep their colours from report to report; the others follow in order.
+    """
+    kept = {"AdamW": 0, "Lion": 1}
+    asked = list(dict.fromkeys(names))
+    free = (place for place in itertools.count() if place not in [kept[name] for name in asked if name in kept])
+    places = {name: kept[name] if name in kept else next(free) for name in asked}
+    return {name: (_HUES[place % len(_HUES)], place >= len(_HUES)) for name, place in places.items()}
 
 
 def css_variables(dark: bool) -> str:

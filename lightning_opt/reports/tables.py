@@ -31,6 +31,8 @@ class Table:
         swatches: a colour name for each row, shown before its first cell; empty for none.
         note: one sentence below.
         grouped: rows are (group, name, value); the page sets them as short lists side by side.
+        links: where the first cell of each row leads, relative to the page; empty for nowhere.
+        best: rows that stand out, by index.
     """
 
     key: str
@@ -41,6 +43,8 @@ class Table:
     swatches: tuple[str, ...] = ()
     note: str = ""
     grouped: bool = False
+    links: tuple[str, ...] = ()
+    best: frozenset[int] = frozenset()
 
 
 def routing(run: Run) -> Table:

@@ -16,7 +16,8 @@ __getattr__, __dir__, __all__ = attach(
             "write_json",
             "write_text",
         ],
-        "endings": ["Diverged", "ExitCode"],
+        "endings": ["Diverged", "ExitCode", "record_end"],
         "summary": ["summarize"],
+        "sweep": ["SweepFolder", "SweepJob", "claim_sweep", "job_name", "short_names"],
     },
 )

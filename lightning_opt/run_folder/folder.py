@@ -14,7 +14,16 @@ from typing import Any
 from lightning_opt.run_folder.status import FINISHED_STATES, owner_is_gone, read_status
 
 # What may differ between two tries at the same run: it changes no result.
-_NOT_IDENTITY = ("resume", "name", "logger", "data.num_workers", "data.cache_dir", "trainer.log_every_n_steps")
+_NOT_IDENTITY = (
+    "resume",
+    "name",
+    "logger",
+    "on_failure",
+    "jobs_per_device",
+    "data.num_workers",
+    "data.cache_dir",
+    "trainer.log_every_n_steps",
+)
 
 
 class FolderRefused(ValueError):
@@ -50,8 +59,8 @@ def config_hash(config: dict[str, Any]) -> str:
     """Identity of a resolved configuration: 8 hex digits of the SHA-256 of its canonical JSON.
 
     Args:
-        config: the plain dict that the job gets; the run's name, whether to resume, loggers, loader processes, the
-            cache and the logging interval do not count.
+        config: the plain dict that the job gets; the run's name, whether to resume, loggers, a sweep's policy, loader
+            processes, the cache and the logging interval do not count.
     """
     text = json.dumps(_identity(config), sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -66,7 +75,7 @@ def _identity(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def claim(
-    root: Path, name: str, hash: str, *, resume: str = "auto", path: Path | None = None
+    root: Path, name: str, hash: str, *, resume: str = "auto", path: Path | None = None, grows: bool = False
 ) -> tuple[RunFolder, bool]:
     """Claims a new run folder, or adopts an unfinished one of the same configuration whose owner is gone.
 
@@ -76,6 +85,7 @@ def claim(
         hash: `config_hash` of the configuration.
         resume: ``auto`` adopts the newest unfinished folder of the same hash, ``never`` always makes a new one.
         path: the folder itself (the user named it); ``root`` and ``name`` are then ignored.
+        grows: the named folder may be taken up again when it is finished, and under another hash (a sweep's).
 
     Returns:
         The folder, which exists, and whether it was adopted.
@@ -84,7 +94,7 @@ def claim(
         FolderRefused: the named folder belongs to another configuration, a finished run, or a run in progress.
     """
     if path is not None:
-        return _claim_named(path, hash, resume)
+        return _claim_named(path, hash, resume, grows)
     parent = root / name
     parent.mkdir(parents=True, exist_ok=True)
     with _one_at_a_time(parent):
@@ -104,7 +114,7 @@ def claim(
     raise RuntimeError(f"no free run folder below {parent}")
 
 
-def _claim_named(path: Path, hash: str, resume: str) -> tuple[RunFolder, bool]:
+def _claim_named(path: Path, hash: str, resume: str, grows: bool) -> tuple[RunFolder, bool]:
     path.mkdir(parents=True, exist_ok=True)
     with _one_at_a_time(path):
         status = read_status(path / "status.json")
@@ -114,9 +124,9 @@ def _claim_named(path: Path, hash: str, resume: str) -> tuple[RunFolder, bool]:
             return _own(path, hash), False
         if not owner_is_gone(status):
             raise FolderRefused(f"another folder: a run is in progress there ({_owner(status)})")
-        if status.get("config_hash") != hash or resume == "never":
+        if resume == "never" or (status.get("config_hash") != hash and not grows):
             raise FolderRefused("a new folder: this one holds a run of another configuration")
-        if status.get("state") in FINISHED_STATES:
+        if status.get("state") in FINISHED_STATES and not grows:
             raise FolderRefused(f"a new folder: this run is already {status['state']}")
         return _own(path, hash), True
 

@@ -7,7 +7,9 @@ __getattr__, __dir__, __all__ = attach(
     {
         "module": ["PretrainModule"],
         "datamodule": ["TokenDataModule"],
+        "group": ["Group", "joined"],
         "run_logger": ["RunLogger"],
+        "loggers": ["GuardedLogger", "wandb_logger"],
         "precision": ["BFloat16Parameters", "choose_device", "choose_precision"],
         "trainer": ["FitResult", "fit", "prepare"],
     },

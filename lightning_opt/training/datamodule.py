@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 
 from lightning_opt import data
+from lightning_opt.models import IGNORE
 
 
 class FirstSequences:
@@ -46,6 +48,27 @@ class SpreadSequences:
         return self._dataset[index * len(self._dataset) // self._count]
 
 
+class Filled:
+    """A map dataset filled up with sequences that do not count, so that each rank gets as many batches.
+
+    Args:
+        dataset: any map dataset of ``input_ids`` and ``labels``.
+        multiple: its length becomes a multiple of this.
+    """
+
+    def __init__(self, dataset: Any, multiple: int):
+        self._dataset, self._count = dataset, -(-len(dataset) // multiple) * multiple
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Any:
+        if index < len(self._dataset):
+            return self._dataset[index]
+        last = self._dataset[len(self._dataset) - 1]
+        return {**last, "labels": torch.full_like(last["labels"], IGNORE)}
+
+
 class TokenDataModule(pl.LightningDataModule):
     """Micro-batches in an order that is a function of the seed and the step alone.
 
@@ -56,7 +79,8 @@ class TokenDataModule(pl.LightningDataModule):
         micro_batches: micro-batches of the whole run per device (steps times accumulation).
         val_sequences: sequences per corpus and validation.
         num_workers: loader processes; the order does not depend on it.
-        overfit_batches: when above 0, the run sees only its first so many micro-batches, again and again.
+        overfit_batches: when above 0, the run sees only its first so many micro-batches (of all ranks), again and
+            again.
     """
 
     def __init__(
@@ -71,7 +95,8 @@ class TokenDataModule(pl.LightningDataModule):
         overfit_batches: int = 0,
     ):
         super().__init__()
-        self.train = FirstSequences(train, overfit_batches * micro_batch_size) if overfit_batches else train
+        self.train = train
+        self.overfit_batches = overfit_batches
         self.val = {name: SpreadSequences(dataset, val_sequences) for name, dataset in val.items()}
         self.micro_batch_size = micro_batch_size
         self.micro_batches = micro_batches
@@ -79,12 +104,20 @@ class TokenDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> Any:
         """The run's micro-batches for this rank."""
-        world = self.trainer.world_size if self.trainer else 1
-        return self._loader(self.train, self.micro_batches * self.micro_batch_size * world, self.num_workers)
+        whole = self.micro_batch_size * self._world_size
+        train = FirstSequences(self.train, self.overfit_batches * whole) if self.overfit_batches else self.train
+        return self._loader(train, self.micro_batches * whole, self.num_workers)
 
     def val_dataloader(self) -> list[Any]:
-        """One loader per corpus, from its start."""
-        return [self._loader(dataset, len(dataset), 0) for dataset in self.val.values()]
+        """One loader per corpus, from its start; as many batches on every rank."""
+        sets = list(self.val.values())
+        if self._world_size > 1:
+            sets = [Filled(dataset, self.micro_batch_size * self._world_size) for dataset in sets]
+        return [self._loader(dataset, len(dataset), 0) for dataset in sets]
+
+    @property
+    def _world_size(self) -> int:
+        return self.trainer.world_size if self.trainer else 1
 
     def _loader(self, dataset: Any, count: int, num_workers: int) -> Any:
         trainer = self.trainer
@@ -94,6 +127,6 @@ class TokenDataModule(pl.LightningDataModule):
             count=count,
             num_workers=num_workers,
             rank=trainer.global_rank if trainer else 0,
-            world_size=trainer.world_size if trainer else 1,
+            world_size=self._world_size,
             pin_memory=bool(trainer) and trainer.strategy.root_device.type == "cuda",
         )

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, SumMetric
 
-from lightning_opt.models.loss import IGNORE, causal_lm_loss
+from lightning_opt.models import IGNORE, causal_lm_loss
 from lightning_opt.optim import Optimizer
 from lightning_opt.run_folder import Diverged
+
+if TYPE_CHECKING:
+    from lightning_opt.training.sharding import Sharded
 
 
 class PretrainModule(pl.LightningModule):
     """Trains a causal language model on token sequences.
 
-    Logs ``train/loss`` (nats per token, the mean over a step's micro-batches) and ``lr/<role>`` each step; at
-    validation ``val/loss/<corpus>``, ``val/loss`` (their mean weighted as the mixture is), ``val/perplexity`` =
-    exp(val/loss) and ``val/bits_per_byte``.
+    Logs ``train/loss`` (nats per token, the mean over a step's micro-batches) and ``lr/<role>`` every
+    ``trainer.log_every_n_steps`` steps; at validation ``val/loss/<corpus>``, ``val/loss`` (their mean weighted as the
+    mixture is), ``val/perplexity`` = exp(val/loss) and ``val/bits_per_byte``.
 
     Args:
         model: causal language model whose forward returns ``logits``.
@@ -49,11 +54,28 @@ class PretrainModule(pl.LightningModule):
         self._optimizer = optimizer
         self._schedule = schedule
         self._micro_losses: list[Tensor] = []
-        self._of_step: dict[str, Any] = {}
+        self._sharded: Sharded | None = None
         self._val_loss = nn.ModuleList(MeanMetric() for _ in self.corpora)
         self._val_bytes = nn.ModuleList(SumMetric() for _ in self.corpora)
         self._val_nats = nn.ModuleList(SumMetric() for _ in self.corpora)
         self.register_buffer("token_bytes", torch.as_tensor(token_bytes, dtype=torch.int32), persistent=False)
+
+    def configure_model(self) -> None:
+        """Splits the model over the ranks where that was asked for (FSDP2)."""
+        if isinstance(self.trainer.strategy, ModelParallelStrategy) and self._sharded is None:
+            from lightning_opt.training.sharding import Sharded
+
+            self.trainer.precision_plugin.convert_module(self.model)
+            mesh = self.device_mesh["data_parallel"]
+            self._sharded = Sharded(self.model, self._optimizer, mesh, str(self.trainer.precision))
+
+    def whole_model(self, *, keep: bool = True) -> nn.Module:
+        """The trained model with whole weights; where it is split, every rank must ask.
+
+        Args:
+            keep: whether this rank wants the weights.
+        """
+        return self._sharded.whole(keep=keep) if self._sharded else self.model
 
     def configure_optimizers(self) -> dict[str, Any]:
         """One optimizer, one schedule per step."""
@@ -73,22 +95,27 @@ class PretrainModule(pl.LightningModule):
             Diverged: the gradient norm is infinite or NaN.
         """
         norm = float(self._optimizer.clip_())
-        loss = torch.stack(self._micro_losses).mean()
-        self._micro_losses.clear()
-        if not math.isfinite(norm):
+        micro_losses, self._micro_losses = self._micro_losses, []
+        step = self.trainer.global_step + 1
+        finite = math.isfinite(norm)
+        if finite and step % self.trainer.log_every_n_steps:
+            return  # Lightning's bookkeeping of values nobody will see costs more than our optimizer's step
+        loss = self._over_ranks(torch.stack(micro_losses).mean())
+        if not finite:
             rate = max(group["lr"] for group in self._optimizer.param_groups)
             raise Diverged(
-                f"gradient norm {norm} at step {self.trainer.global_step + 1} "
-                f"(loss {float(loss):.4g}, lr {rate:.3g}); the step was not taken"
+                f"gradient norm {norm} at step {step} (loss {float(loss):.4g}, lr {rate:.3g}); the step was not taken"
             )
-        rates = {f"lr/{group['role']}": group["lr"] for group in self._optimizer.param_groups}
-        self._of_step = {"train/loss": loss, **rates}
+        # Tensors on the CPU: Lightning would copy each plain number to the device, and wait for the copy.
+        rates = {f"lr/{group['role']}": torch.tensor(group["lr"]) for group in self._optimizer.param_groups}
+        self.log_dict({"train/loss": loss, **rates}, on_step=True, on_epoch=False)
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Logs the step's loss and the rates it used: by now the scheduler has moved on."""
-        if self._of_step:
-            self.log_dict(self._of_step, on_step=True, on_epoch=False)
-            self._of_step = {}
+    def _over_ranks(self, loss: Tensor) -> Tensor:
+        """The mean over ranks; Lightning's reduction would hold all ranks up at a barrier first."""
+        if self.trainer.world_size > 1:
+            dist.all_reduce(loss)
+            loss /= self.trainer.world_size
+        return loss
 
     def validation_step(self, batch: dict[str, Tensor], _: int, dataloader_idx: int = 0) -> None:
         """Sums the loss of one corpus; labels of -100 do not count."""

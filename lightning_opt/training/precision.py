@@ -22,7 +22,7 @@ class BFloat16Parameters(HalfPrecision):
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Casts floating-point parameters to bfloat16, keeping each Parameter object and every buffer."""
         for parameter in module.parameters():
-            if parameter.is_floating_point():
+            if parameter.is_floating_point() and parameter.dtype != torch.bfloat16:
                 parameter.data = parameter.data.to(torch.bfloat16)
         return module
 
@@ -31,15 +31,23 @@ class BFloat16Parameters(HalfPrecision):
         return data
 
 
-def choose_device(accelerator: str) -> str:
+def choose_device(accelerator: str, devices: int = 1) -> str:
     """``cuda`` where the config's accelerator means a GPU that is there, else ``cpu``.
 
+    Args:
+        accelerator: the config's, ``auto`` included.
+        devices: how many are wanted on this machine.
+
     Raises:
-        ConfigError: a GPU was asked for, and torch sees none.
+        ConfigError: a GPU was asked for, and torch sees none; or there are fewer than ``devices``.
     """
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise ConfigError("trainer.accelerator", accelerator, "auto or cpu: torch sees no CUDA GPU on this machine")
-    return "cuda" if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
+    if accelerator == "cpu" or not torch.cuda.is_available():
+        return "cpu"
+    if devices > (count := torch.cuda.device_count()):
+        raise ConfigError("trainer.devices", devices, f"must be at most {count}: so many GPUs does torch see here")
+    return "cuda"
 
 
 def choose_precision(precision: str, accelerator: str) -> tuple[str, str]:

@@ -11,12 +11,17 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lightning_opt.models import compiled
 from lightning_opt.plan import RunPlan
-from lightning_opt.run_folder import RunFolder, Status
+from lightning_opt.run_folder import RunFolder
 from lightning_opt.training.datamodule import TokenDataModule
+from lightning_opt.training.group import Group, StopTogether
+from lightning_opt.training.loggers import GuardedLogger
 from lightning_opt.training.module import PretrainModule
 from lightning_opt.training.precision import BFloat16Parameters
 from lightning_opt.training.run_logger import RunLogger
@@ -40,7 +45,7 @@ class FitResult:
 class _Step(pl.Callback):
     """Keeps the step in the run's status, and has the first and the last step logged whatever the interval."""
 
-    def __init__(self, status: Status, interval: int):
+    def __init__(self, status: Any, interval: int):
         self._status, self._interval = status, interval
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
@@ -51,15 +56,16 @@ class _Step(pl.Callback):
         self._status.step = trainer.global_step
 
 
-def prepare(seed: int, num_threads: int | None) -> None:
+def prepare(seed: int, num_threads: int | None, processes: int = 1) -> None:
     """Seeds Python, NumPy and torch, and sets torch's threads: results depend on both.
 
     Args:
         seed: any non-negative integer.
-        num_threads: torch's threads, or None to leave them.
+        num_threads: torch's threads, or None for an equal share of what torch would take.
+        processes: of this run on this machine.
     """
-    if num_threads:
-        torch.set_num_threads(num_threads)
+    if num_threads or processes > 1:
+        torch.set_num_threads(num_threads or max(1, torch.get_num_threads() // processes))
     pl.seed_everything(seed, workers=True, verbose=False)
 
 
@@ -73,8 +79,9 @@ def fit(
     folder: RunFolder,
     columns: Sequence[str],
     callbacks: Sequence[pl.Callback],
-    loggers: Sequence[Logger],
-    status: Status,
+    loggers: Sequence[GuardedLogger],
+    status: Any,
+    group: Group | None = None,
 ) -> FitResult:
     """Trains to the plan's last step and validates there.
 
@@ -88,7 +95,9 @@ def fit(
         columns: metric names besides the common ones.
         callbacks: in the order they are called.
         loggers: further loggers of the user's.
-        status: told of every step.
+        status: its ``step`` is set after every step.
+        group: the processes that train together, each of which calls this; None: this one alone. Only the first
+            writes.
 
     Returns:
         Steps done and what stopped the run early, if anything.
@@ -98,27 +107,34 @@ def fit(
     """
     validates = config["val_sequences"] > 0
     module.model.train()
-    if config.get("compile"):
-        module.model.compile()
-    run_logger = RunLogger(
-        folder.metrics,
-        columns,
-        tokens_per_step=plan.tokens_per_step,
-        current_step=lambda: trainer.global_step,
-    )
-    with _quiet():
+    group = group or Group()
+    writers: list[Logger] = []
+    if group.first:
+        run_logger = RunLogger(
+            folder.metrics,
+            columns,
+            tokens_per_step=plan.tokens_per_step,
+            current_step=lambda: trainer.global_step,
+        )
+        writers = [run_logger, *loggers]
+    for logger in loggers:
+        logger.current_step = lambda: trainer.global_step
+    with _quiet(), compiled(module.model, config.get("compile", "off")):
         watchers = [_Step(status, config["log_every_n_steps"]), *callbacks]
-        trainer = _trainer(plan, config, precision, folder, [run_logger, *loggers], watchers)
+        trainer = _trainer(plan, config, precision, folder, writers, watchers)
+        stop = StopTogether(trainer, group) if plan.devices > 1 else None
         try:
             trainer.fit(module, data)
             if validates and trainer.global_step % plan.val_every_n_steps:
                 trainer.validate(module, data, verbose=False)
+            if stop:
+                stop.check()
         except SIGTERMException:
             return FitResult(trainer.global_step, "SIGTERM")
         finally:
             status.step = trainer.global_step
-            run_logger.close()
-            module.model._compiled_call_impl = None  # scoring has many shapes: each would be compiled anew
+            for logger in writers:
+                logger.close()
     return FitResult(trainer.global_step)
 
 
@@ -142,10 +158,10 @@ def _trainer(
         accelerator=config["accelerator"],
         devices=config["devices"],
         num_nodes=config["num_nodes"],
-        strategy=config["strategy"],
+        strategy=_strategy(plan, config["strategy"]),
         log_every_n_steps=config["log_every_n_steps"],
         deterministic=config["deterministic"],
-        profiler=_profiler(config.get("profiler"), folder.profile),
+        profiler=_profiler(config.get("profiler"), folder.profile) if loggers else None,
         logger=loggers,
         callbacks=callbacks,
         default_root_dir=folder.path,
@@ -153,7 +169,8 @@ def _trainer(
         enable_progress_bar=any(isinstance(callback, pl.callbacks.ProgressBar) for callback in callbacks),
         enable_model_summary=False,
         use_distributed_sampler=False,
-        **_precision(precision),
+        plugins=_plugins(plan, precision),
+        precision=None if precision == "bf16-true" else precision,
     )
     torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time and changes no result of ours
     return trainer
@@ -173,8 +190,18 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _precision(precision: str) -> dict[str, Any]:
-    return {"plugins": [BFloat16Parameters()]} if precision == "bf16-true" else {"precision": precision}
+def _strategy(plan: RunPlan, name: str) -> str | Strategy:
+    """How the devices of a run work together; one device alone needs no strategy."""
+    if plan.devices == 1:
+        return "auto"
+    if name == "fsdp":
+        return ModelParallelStrategy(data_parallel_size=plan.devices, tensor_parallel_size=1)
+    return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)  # our buffers never change
+
+
+def _plugins(plan: RunPlan, precision: str) -> list[Any]:
+    environment = [TorchElasticEnvironment()] if plan.devices > 1 else []  # however the processes were started
+    return environment + ([BFloat16Parameters()] if precision == "bf16-true" else [])
 
 
 def _profiler(name: str | None, folder: Path) -> Any:

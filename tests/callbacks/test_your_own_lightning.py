@@ -23,7 +23,10 @@ NOT_NEEDED = {
     "rich",
 }
 ROOMS = {"launch", "job", "training", "models", "data", "evaluation", "reports", "run_folder", "anatomy"}
-CALLBACKS = {"lightning_opt.callbacks", "lightning_opt.callbacks.stability", "lightning_opt.callbacks.batches"}
+CALLBACKS = {
+    "lightning_opt.callbacks",
+    *(f"lightning_opt.callbacks.{name}" for name in ("stability", "batches", "telling")),
+}
 
 # Lightning imports much by itself, so it counts who asks: each import statement is noted with the file it stands in.
 WATCHED = """

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from importlib.util import find_spec
 
 import pytest
 import yaml
+from torch import nn
 
-from lightning_opt import plan
+from lightning_opt import optim, plan
 from lightning_opt.launch import Composer, plain_config
 from lightning_opt.launch.compose import CONF
 from lightning_opt.launch.preflight import check_job
@@ -22,12 +22,7 @@ NEEDS = {
     ("data", "dclm_starcoder_proofpile"): "data.path",
     ("model", "hf"): "model.path",
 }
-# Loggers whose package is not part of the set-up.
-for name, package in (("wandb", "wandb"), ("tensorboard", "tensorboard")):
-    if not find_spec(package):
-        NEEDS["logger", name] = f"logger.{name}"
-# Models of the study that come with part 2: their records are ready and wait for conf/model.
-AWAITED = {"llama_130m", "llama_300m", "llama_520m", "llama_1_2b"}
+STUDY = ["llama_130m", "llama_300m", "llama_520m", "llama_1_2b"]
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +67,7 @@ def test_a_choice_says_its_own_name(group):
     for file in (CONF / group).glob("*.yaml"):
         content = yaml.safe_load(file.read_text())
         key = "suite" if group == "evaluation" else "name"
-        assert content[key] == file.stem
+        assert content[key] == ("linear" if (group, file.stem) == ("schedule", "auto") else file.stem)
 
 
 def test_every_experiment_and_debug_goes_with_every_optimizer(composer):
@@ -90,7 +85,7 @@ def test_every_debug_shrinks_every_experiment(composer):
 
 
 def test_every_tuned_record_names_what_exists(composer):
-    optimizers, models = composer.options("optimizer"), {*composer.options("model"), *AWAITED}
+    optimizers, models = composer.options("optimizer"), composer.options("model")
     scales = {*composer.options("scale"), "any"}
     for record in plan.tuned_records():
         assert record.optimizer in optimizers
@@ -99,14 +94,15 @@ def test_every_tuned_record_names_what_exists(composer):
 
 
 def test_every_tuned_record_is_used_by_its_cell_and_sets_only_fields_that_exist(composer):
+    untuned = {}
     for record in plan.tuned_records():
-        if record.model not in composer.options("model"):
-            continue
         scale = "demo" if "any" in record.scales else record.scales[0]
         cell = [f"optimizer={record.optimizer}", f"model={record.model}", f"scale={scale}"]
         cfg = composer.compose(cell)
-        assert cfg.hydra.runtime.choices["tuned"] == f"{record.optimizer}/{record.model}_{scale}"
-        config, plain = plain_config(cfg), plain_config(composer.compose([*cell, "~tuned"]))
+        assert cfg.hydra.runtime.choices["tuned"] == f"{record.optimizer}/{record.model}_{scale}_auto"
+        if (pair := tuple(cell[:2])) not in untuned:
+            untuned[pair] = plain_config(composer.compose([*cell, "~tuned"]))
+        config, plain = plain_config(cfg), untuned[pair]
         for key, value in record.values.items():
             node = config
             for part in key.split("."):
@@ -116,7 +112,55 @@ def test_every_tuned_record_is_used_by_its_cell_and_sets_only_fields_that_exist(
             assert name in plain[top], key
 
 
-@pytest.mark.parametrize("model", ["nano", "pico", "femto"])
+def test_a_schedule_that_was_chosen_stays_whatever_the_tuned_values_say(composer):
+    cell = ["model=llama_130m", "scale=1x"]
+    tuned = plain_config(composer.compose(cell))["schedule"]
+    assert tuned == {"name": "cosine", "warmup": 2000, "min_ratio": 0.0}
+    for choice in ("linear", "cosine", "wsd", "constant"):
+        config = check_job(composer.compose([*cell, f"schedule={choice}"]))
+        assert config["schedule"] == yaml.safe_load(text_of("schedule", choice))
+        assert config["optimizer"]["lr"] == 0.008  # the rest of the record still holds
+    assert plain_config(composer.compose([*cell, "schedule.warmup=100"]))["schedule"] == {**tuned, "warmup": 100}
+    assert plain_config(composer.compose([*cell, "~tuned"]))["schedule"]["name"] == "linear"
+    assert plain_config(composer.compose(["debug=overfit", *cell]))["schedule"]["name"] == "constant"
+
+
+def test_lr_scale_multiplies_the_tuned_rate(composer):
+    config = plain_config(composer.compose(["model=llama_130m", "scale=4x", "optimizer.lr_scale=0.5"]))["optimizer"]
+    optimizer = optim.build(nn.Linear(4, 4, bias=False), config)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.5 * 0.008}
+
+
+@pytest.mark.parametrize("model", [*STUDY, "gpt2_124m"])
+def test_a_vocabulary_too_large_to_train_on_the_spot_is_not_trained(composer, model):
+    def asked(*more):
+        return plan.data_config(check_job(composer.compose([f"model={model}", *more])))["tokenizer"]
+
+    assert asked()["vocab_size"] == 16384
+    assert asked("data.tokenizer.vocab_size=40000")["vocab_size"] == 40000  # the user's own wish
+    assert asked("model.vocab_size=5000")["vocab_size"] == 5000
+
+
+@pytest.mark.parametrize("model", [*STUDY, "gpt2_124m", "nano"])
+@pytest.mark.parametrize("times", [1, 2, 4, 8, 16])
+def test_scales_go_with_every_model(composer, model, times):
+    config = check_job(composer.compose([f"model={model}", f"scale={times}x"]))
+    run, budget = plan.check(config), 20 * config["model"]["non_embedding_params"] * times
+    assert 0 <= budget - run.tokens < run.tokens_per_step
+
+
+def test_the_non_embedding_parameters_follow_an_overridden_shape(composer):
+    for model, expected in (("llama_130m", 2 * (3 * 512 * 2048 + 4 * 512**2)), ("gpt2_124m", 2 * 12 * 768**2)):
+        config = plain_config(composer.compose([f"model={model}", "model.num_layers=2"]))
+        assert config["model"]["non_embedding_params"] == expected
+
+
+def test_gpt2s_initialisation_is_a_number(composer):
+    with pytest.raises(ConfigError, match=r"model\.init = study: must be a number"):
+        check_job(composer.compose(["model=gpt2_124m", "model.init=study"]))
+
+
+@pytest.mark.parametrize("model", ["nano", "pico", "femto", "gpt2_124m", *STUDY])
 def test_stated_parameters_are_those_of_the_shape(composer, model):
     stated = yaml.safe_load(text_of("model", model))["non_embedding_params"]
     assert plain_config(composer.compose([f"model={model}"]))["model"]["non_embedding_params"] == stated

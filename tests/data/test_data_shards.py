@@ -146,7 +146,7 @@ def test_damage_is_found_and_in_the_cache_repaired(
         write_shards(folder, "c", documents, tokenizer, eos=t.END_OF_TEXT, tokenizer_sha256="x")
 
     folder = cached.folder_made_once(tmp_path, "c-1", make)
-    good = open_shards(folder).train.read(0, 99)
+    good = open_shards(folder).train.read(0, 99).copy()
     assert cached.folder_made_once(tmp_path, "c-1", make) == folder
     assert len(made) == 1
     damage_cases()[case](folder)  # type: ignore[operator]

@@ -59,6 +59,8 @@ def train_py(repository, tmp_path):
 def jobs(monkeypatch, tmp_path) -> list[dict[str, Any]]:
     """Jobs that `launch` handed down; they do nothing and answer what their seed says: seed 500 + code."""
     import lightning_opt.job
+    import lightning_opt.reports
+    from lightning_opt.run_folder import Status, config_hash
 
     seen: list[dict[str, Any]] = []
 
@@ -67,9 +69,13 @@ def jobs(monkeypatch, tmp_path) -> list[dict[str, Any]]:
         code = config["seed"] - 500 if 500 <= config["seed"] < 700 else 0
         if code == 99:
             raise RuntimeError("a job that breaks")
+        state = {0: "FINISHED", 3: "DIVERGED", 143: "PREEMPTED"}.get(code, "FAILED")
+        Status(folder.status, config_hash(config)).set(state)
         return code
 
     monkeypatch.setitem(lightning_opt.job.__dict__, "run", run)
+    monkeypatch.setitem(lightning_opt.reports.__dict__, "write_sweep", lambda folder: None)
+    monkeypatch.setitem(lightning_opt.reports.__dict__, "sweep_lines", lambda folder: [])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py"])
     return seen

@@ -22,6 +22,10 @@ def test_help_is_quick_and_says_what_there_is(train_py, repository):
         "scale=1x",
         "Exit codes: 0 finished",
         "130 interrupted",
+        "on_failure=continue",
+        "jobs_per_device=",
+        "hydra.sweep.dir=",
+        "hydra/launcher=processes",
     ):
         assert words in done.out
 
@@ -33,7 +37,8 @@ def test_every_example_in_help_is_a_right_command(train_py, jobs, tmp_path):
     assert len(examples) >= 8
     for example in examples:
         if "my_model" not in example:  # that one needs a model
-            assert main(example.split()) == 0, example
+            basic = ["hydra/launcher=basic"] if "-m" in example.split() else []
+            assert main([*example.split(), *basic]) == 0, example
     assert len(jobs) == len(examples) - 1 + 5
 
 

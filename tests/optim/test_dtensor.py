@@ -1,4 +1,4 @@
-"""DTensor parameters (FSDP2) on one process: the same update as plain tensors. Two processes come with part 2."""
+"""DTensor parameters (FSDP2) on one and two processes: the same update as plain tensors."""
 
 from __future__ import annotations
 
@@ -45,3 +45,39 @@ def test_sharded_weights_move_like_plain_ones(name, way, one_process):
         torch.testing.assert_close(a.detach(), b.full_tensor().detach(), rtol=1e-6, atol=1e-6)
         assert hasattr(optimizers[1].state[b]["exp_avg"], "to_local")
     assert optimizers[0].state_bytes() == optimizers[1].state_bytes()
+
+
+def _on_two(rank: int, store: str) -> None:
+    """A bias of one number: the second rank holds an empty part of it."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    for name in optim.list_optimizers():
+        for way in kernels.possible(optim.find_rule(name)):
+            if way in ("eager", "foreach", "fused"):
+                torch.manual_seed(0)
+                models = [nn.Sequential(nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 1)) for _ in range(2)]
+                models[1].load_state_dict(models[0].state_dict())
+                fully_shard(models[1], mesh=init_device_mesh("cpu", (2,)))
+                config = {"name": name, "lr": 1e-2, "weight_decay": 0.1, "max_grad_norm": 0.1, "implementation": way}
+                optimizers = [optim.build(model, config) for model in models]
+                x = torch.randn(4, 5)
+                for _ in range(3):
+                    norms = []
+                    for model, optimizer, part in zip(models, optimizers, (x, x.chunk(2)[rank]), strict=True):
+                        model.zero_grad()
+                        model(part).square().mean().backward()
+                        norms.append(optimizer.clip_())
+                        optimizer.step()
+                    torch.testing.assert_close(*norms, msg=f"{name} {way}")
+                    roles = [optimizer.grad_norms() for optimizer in optimizers]
+                    torch.testing.assert_close(*roles, msg=f"{name} {way}")
+                for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+                    torch.testing.assert_close(a.detach(), b.full_tensor().detach(), rtol=1e-6, atol=1e-6)
+    dist.destroy_process_group()
+
+
+def test_two_ranks_with_an_empty_part(tmp_path):
+    torch.multiprocessing.spawn(_on_two, (f"{tmp_path}/store",), nprocs=2)

@@ -103,7 +103,8 @@ def test_refused(config, words):
 
 
 def test_every_yaml_builds(repository):
-    files = sorted((repository / "conf" / "schedule").glob("*.yaml"))
+    folder = repository / "conf" / "schedule"
+    files = sorted(set(folder.glob("*.yaml")) - {folder / "auto.yaml"})  # which stands for another
     assert [file.stem for file in files] == sorted(schedules.SHAPES)
     for file in files:
         config = yaml.safe_load(file.read_text())

@@ -60,7 +60,7 @@ def test_good_values_are_normalised(name, value, expected):
         ("max_steps", 0, ">= 1"),
         ("activation_checkpointing", "every_0", "every_N"),
         ("activation_checkpointing", False, "off"),  # YAML reads a bare `off` as false
-        ("compile", "yes", "true or false"),
+        ("compile", "yes", "off, layers, model"),
         ("seed", -1, ">= 0"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,7 +15,7 @@ import torch
 from lightning_opt import models, optim, training
 from lightning_opt.optim import schedules
 from lightning_opt.plan import RunPlan
-from lightning_opt.run_folder import Diverged, RunFolder, Status, read_metrics
+from lightning_opt.run_folder import Diverged, RunFolder, read_metrics
 
 VOCABULARY, LENGTH = 32, 16
 PLAN = RunPlan(
@@ -71,10 +72,13 @@ def run(
     callbacks: Any = (),
     workers: int = 0,
     optimizer: dict[str, Any] | None = None,
+    model: dict[str, Any] | None = None,
+    val_sequences: int = 8,
+    group: training.Group | None = None,
     **trainer: Any,
 ) -> training.PretrainModule:
     training.prepare(seed, None)
-    model = models.build(
+    built_model = models.build(
         {
             "_target_": "",
             "hidden_size": 32,
@@ -84,13 +88,14 @@ def run(
             "vocab_size": VOCABULARY,
             "context_length": LENGTH,
             "activation_checkpointing": checkpointing,
+            **(model or {}),
         },
         vocab_size=VOCABULARY,
         instantiate=lambda config: models.llama(**{key: value for key, value in config.items() if key != "_target_"}),
     )
-    built = optim.build(model, {**OPTIMIZER, **(optimizer or {})})
+    built = optim.build(built_model, {**OPTIMIZER, **(optimizer or {})})
     module = training.PretrainModule(
-        model,
+        built_model,
         built,
         schedules.build({"name": "linear", "warmup": 1, "min_ratio": 0.0}, plan.max_steps),
         corpora={"a": 2.0, "b": 1.0},
@@ -101,22 +106,24 @@ def run(
         {"a": Sequences(), "b": Sequences()},
         micro_batch_size=plan.micro_batch_size,
         micro_batches=plan.max_steps * plan.accumulate,
-        val_sequences=8,
+        val_sequences=val_sequences,
         num_workers=workers,
     )
-    with Status(folder / "status.json", "0" * 8) as status:
-        result = training.fit(
-            module,
-            data,
-            plan,
-            config={**TRAINER, **trainer},
-            precision=precision,
-            folder=RunFolder(folder),
-            columns=["val/loss/a", "val/loss/b"],
-            callbacks=callbacks,
-            loggers=[],
-            status=status,
-        )
+    status = SimpleNamespace(step=0)
+    result = training.fit(
+        module,
+        data,
+        plan,
+        config={**TRAINER, **trainer},
+        precision=precision,
+        folder=RunFolder(folder),
+        columns=["val/loss/a", "val/loss/b"],
+        callbacks=callbacks,
+        loggers=[],
+        status=status,
+        group=group,
+    )
+    assert status.step == result.steps
     assert result.steps == plan.max_steps
     return module
 

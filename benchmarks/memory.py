@@ -1,0 +1,189 @@
+"""How much memory does a whole training step take, and how much of it is the optimizer's?
+
+    python -m benchmarks.memory            27M parameters on a CPU, llama_130m on a GPU; a minute
+    python -m benchmarks.memory --quick    nano: does it run here?
+
+Every optimizer trains the same model for a few steps in a process of its own. Measured is the peak within one whole
+step (zero_grad, forward, backward, clipping, update), after steps that made the optimizer's state: on a GPU what
+tensors held (`torch.cuda.max_memory_allocated`), on a CPU the highest resident set (VmHWM, reset through
+/proc/self/clear_refs) over that of the process before the model was built. Weights, gradients and states are the bytes
+of those tensors; *rest* is what else the peak holds: activations, logits, temporaries, the allocator's waste.
+*expected* is arithmetic: 4 bytes for each float32 weight, gradient and state.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.record import Page, Table, keep, machine
+
+ROOT = Path(__file__).resolve().parents[1]
+MODELS: dict[str, dict[str, int]] = {
+    "nano": {"hidden_size": 128, "num_layers": 4, "num_heads": 4, "intermediate_size": 352, "vocab_size": 2048},
+    "27M": {"hidden_size": 512, "num_layers": 6, "num_heads": 8, "intermediate_size": 1408, "vocab_size": 16384},
+    "llama_130m": {
+        "hidden_size": 512,
+        "num_layers": 32,
+        "num_heads": 8,
+        "intermediate_size": 2048,
+        "vocab_size": 128256,
+    },
+}
+BATCHES = {"nano": (2, 128), "27M": (2, 256), "llama_130m": (1, 4096)}
+# bytes of state per weight; AdamW keeps its second moment in float32
+STATE = {"torch adamw": 8, "adamw": 8, "adamw bfloat16": 6, "lion": 4, "lion bfloat16": 2}
+STEPS = 3
+PART_LIMIT_S = 300
+# glibc gives back what is freed, so that what is resident is what is used
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_TRIM_THRESHOLD_": "16384", "MALLOC_ARENA_MAX": "1"}
+
+
+def make_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
+    if name == "torch adamw":
+        return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    from lightning_opt import optim
+
+    rule, _, state = name.partition(" ")
+    config = {"name": rule, "lr": 1e-4, "max_grad_norm": 1.0, "state_dtype": state or "float32"}
+    return optim.build(model, {**config, "roles": {"default": {"rule": rule}}})
+
+
+class Meter:
+    """Bytes in use, and the most that were since `reset`."""
+
+    def __init__(self, device: str) -> None:
+        self._cuda = device == "cuda"
+
+    def reset(self) -> None:
+        """The peak begins here."""
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+    def now(self) -> int:
+        """Bytes in use."""
+        return torch.cuda.memory_allocated() if self._cuda else self._status("VmRSS")
+
+    def peak(self) -> int:
+        """The most since `reset`."""
+        return torch.cuda.max_memory_allocated() if self._cuda else self._status("VmHWM")
+
+    @staticmethod
+    def _status(field: str) -> int:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
+
+
+def train(name: str, model_name: str, device: str, meter: Meter) -> dict[str, int]:
+    """A few steps; bytes by part, and the peak of the last step."""
+    from lightning_opt import models
+
+    batch, length = BATCHES[model_name]
+    torch.manual_seed(0)
+    model = models.llama(**MODELS[model_name], context_length=length).to(device).train()
+    optimizer = make_optimizer(name, model)
+    tokens = torch.randint(0, MODELS[model_name]["vocab_size"], (batch, length + 1), device=device)
+    for step in range(STEPS):
+        if step == STEPS - 1:
+            meter.reset()
+        optimizer.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
+            loss = models.causal_lm_loss(model, tokens[:, :-1], tokens[:, 1:]).total
+        loss.backward()
+        if name == "torch adamw":
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    states = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "peak": meter.peak(),
+        "weights": sum(p.nbytes for p in model.parameters()),
+        "gradients": sum(p.grad.nbytes for p in model.parameters()),
+        "states": sum(t.nbytes for t in states),
+    }
+
+
+def part(name: str, model: str, device: str) -> None:
+    """One optimizer; prints a JSON line."""
+    meter = Meter(device)
+    train(name, "nano", device, meter)  # libraries and kernels are loaded now
+    gc.collect()
+    before = meter.now()
+    found = train(name, model, device, meter)
+    found["peak"] -= before
+    print(json.dumps(found))
+
+
+def row(name: str, found: dict[str, int], baseline: dict[str, int]) -> dict[str, Any]:
+    count = found["parameters"]
+    named = found["weights"] + found["gradients"] + found["states"]
+    mib = {key: round(value / 2**20, 1) for key, value in found.items() if key != "parameters"}
+    return {
+        "optimizer": name,
+        "peak MiB": mib["peak"],
+        "weights": mib["weights"],
+        "gradients": mib["gradients"],
+        "states": mib["states"],
+        "rest": round((found["peak"] - named) / 2**20, 1),
+        "expected weights + gradients + states": round((8 + STATE[name]) * count / 2**20, 1),
+        "expected states": round(STATE[name] * count / 2**20, 1),
+        "peak less than torch adamw": round((baseline["peak"] - found["peak"]) / 2**20, 1),
+        "expected less": round((STATE["torch adamw"] - STATE[name]) * count / 2**20, 1),
+    }
+
+
+def main() -> None:
+    """Measures each optimizer in a process of its own, prints and keeps."""
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(MODELS), default=None)
+    parser.add_argument("--optimizers", nargs="+", choices=list(STATE), default=None)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
+    parser.add_argument("--quick", action="store_true", help="nano, two optimizers")
+    parser.add_argument("--out", type=Path, default=None, help="folder (benchmarks/results)")
+    parser.add_argument("--part", choices=list(STATE), default=None, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    model = args.model or ("nano" if args.quick else "llama_130m" if args.device == "cuda" else "27M")
+    if args.part:
+        part(args.part, model, args.device)
+        return
+    where, found = machine(), {}
+    for name in args.optimizers or (["torch adamw", "lion"] if args.quick else list(STATE)):
+        words = [sys.executable, "-m", "benchmarks.memory", "--part", name, "--model", model, "--device", args.device]
+        done = subprocess.run(
+            words, capture_output=True, text=True, timeout=PART_LIMIT_S, cwd=ROOT, env={**os.environ, **MALLOC}
+        )
+        if done.returncode:
+            raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
+        found[name] = json.loads(done.stdout.strip().splitlines()[-1])
+    first = next(iter(found.values()))
+    batch, length = BATCHES[model]
+    note = (
+        f"{model}: {first['parameters']:,} parameters, {batch} sequences of {length} tokens, "
+        f"{'bf16-mixed' if args.device == 'cuda' else 'float32'}; MiB. *less* compares with the first row."
+    )
+    table = Table("Peak of a training step", [row(name, each, first) for name, each in found.items()], note)
+    about = "Each optimizer in a fresh process; what is counted is said in the module's text."
+    keep(
+        Page("memory", "Memory of a training step", about, [table]),
+        where,
+        args.out,
+        suffix="-quick" if args.quick else "",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""How every benchmark keeps what it measured: one JSON with all numbers, one Markdown page to read."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table of a page.
+
+    Attributes:
+        title: heading.
+        rows: one mapping per row; the columns are their keys, in the first row's order; None shows as a dash.
+        note: what the columns mean, where the title does not say it.
+    """
+
+    title: str
+    rows: Sequence[dict[str, Any]]
+    note: str = ""
+
+    def markdown(self) -> str:
+        """The table under its heading."""
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        lines = [f"## {self.title}", "", *([self.note, ""] if self.note else [])]
+        lines += [f"| {' | '.join(names)} |", f"| {' | '.join('---' for _ in names)} |"]
+        lines += [f"| {' | '.join(_cell(row.get(name)) for name in names)} |" for row in self.rows]
+        return "\n".join([*lines, ""])
+
+
+@dataclass(frozen=True)
+class Page:
+    """What one run of a benchmark found.
+
+    Attributes:
+        name: of the benchmark module, for example ``optimizer_step``.
+        title: heading of the page.
+        about: how it was measured, and how to read it.
+        tables: what was measured.
+        plots: file names of pictures beside the page.
+    """
+
+    name: str
+    title: str
+    about: str
+    tables: Sequence[Table]
+    plots: Sequence[str] = field(default=())
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on; read before measuring, since it holds the load of that moment."""
+    cuda = torch.cuda.is_available()
+    return {
+        "date": str(date.today()),
+        "device": torch.cuda.get_device_name() if cuda else _processor(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_before": round(os.getloadavg()[0], 2),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+    }
+
+
+def keep(page: Page, where: dict[str, Any], out: Path | None = None, *, suffix: str = "") -> Path:
+    """Writes ``<date>-<name><suffix>.json`` and ``.md`` and prints the page.
+
+    Args:
+        page: what was found.
+        where: `machine()` as it was before the measurement.
+        out: folder; ``benchmarks/results`` when None.
+        suffix: what tells this variant from others of the day, for example ``-small``.
+
+    Returns:
+        Path of the Markdown page.
+    """
+    out = out or RESULTS
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{where['date']}-{page.name}{suffix}.md"
+    record = {"machine": where, **asdict(page)}
+    path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    cuda = f", CUDA {where['cuda']}" if where["cuda"] else ""
+    head = (
+        f"# {page.title}\n\n{where['device']}, {where['cpus']} CPUs, {where['threads']} threads, "
+        f"torch {where['torch']}{cuda}, Python {where['python']}, {where['date']}; load before the run "
+        f"{where['load_before']}.\n\nMade by `python -m benchmarks.{page.name}`. {page.about}\n"
+    )
+    pictures = [f"![{Path(name).stem}]({name})\n" for name in page.plots]
+    text = "\n".join([head, *pictures, *(table.markdown() for table in page.tables)])
+    path.write_text(text, encoding="utf-8")
+    print(text)
+    print(f"written to {path}")
+    return path
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3g}" if isinstance(value, float) and abs(value) < 1000 else str(value)

@@ -1,0 +1,1 @@
+"""Hands Hydra our launcher; Hydra looks for plugins only below `hydra_plugins`."""

@@ -1,0 +1,289 @@
+"""A sweep's life: its folder and ledger, which jobs are left to run, what is said, how it ends."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shlex
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig
+
+from lightning_opt.job.signals import Terminated, terminable
+from lightning_opt.launch import processes, task
+from lightning_opt.launch.preflight import Command
+from lightning_opt.launch.resolve import quoted, redact
+from lightning_opt.plan import ConfigError
+from lightning_opt.run_folder import (
+    ExitCode,
+    FolderRefused,
+    RunFolder,
+    Status,
+    SweepFolder,
+    SweepJob,
+    claim_sweep,
+    config_hash,
+    job_name,
+    owner_is_gone,
+    read_json,
+    read_status,
+    record_end,
+)
+
+# What every run imports, so that the fork server does it once for all. Not lm_eval.evaluator: pyarrow starts a thread.
+PRELOAD = (
+    "lightning_opt.launch.task",
+    "lightning_opt.job.stages",
+    "lightning_opt.training.trainer",
+    "lightning_opt.models.dense",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.qwen3.modeling_qwen3",
+    "lightning_opt.optim.adamw",
+    "lightning_opt.callbacks.progress",
+    "lightning_opt.callbacks.export",
+    "lightning_opt.data.embedded",
+    "lightning_opt.data.token_data",
+    "lightning_opt.reports.page",
+)
+PRELOAD_TO_SCORE = ("lightning_opt.evaluation.score", "lm_eval.models.huggingface")
+_CODES = {"FINISHED": ExitCode.FINISHED, "DIVERGED": ExitCode.DIVERGED, "PREEMPTED": ExitCode.PREEMPTED}
+
+# Hydra makes the sweeper itself and hands it nothing of ours, so this passes by here.
+_left: list[list[str]] = []
+
+
+def left_to_run() -> list[list[str]]:
+    """For the sweeper: the overrides of each job that has no result yet."""
+    return _left
+
+
+def run_sweep(command: Command, words: Sequence[str], hand_over: Callable[[list[str]], int]) -> int:
+    """Runs the jobs of a checked command that have no result yet, and compares all of them.
+
+    Args:
+        command: what to run.
+        words: the command line as it was given.
+        hand_over: gives overrides to Hydra, which calls the sweeper and the launcher; answers an exit code.
+
+    Returns:
+        The exit code: 130 or 143 where it was stopped, else 1 where a job failed, else 3 where one diverged, else 0.
+
+    Raises:
+        ConfigError: the named folder cannot be used.
+    """
+    asked = [config_hash(job.config) for job in command.jobs]
+    folder, hash = _claim(command, asked)
+    jobs = _keep_ledger(folder, command, words)
+    open_jobs = {job.config_hash: job for job in jobs if not job.is_done}
+    _left[:] = [
+        [*job.overrides, f"hydra.sweep.subdir={quoted(open_jobs[of].folder.path.name)}"]
+        for job, of in zip(command.jobs, asked, strict=True)
+        if of in open_jobs
+    ]
+    task.begin(None)
+    with terminable(), Status(folder.status, hash) as status:
+        try:
+            _say_what_comes(folder, jobs)
+            with processes.environment({"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}):  # as this one imports
+                code = hand_over([*command.overrides, f"hydra.sweep.dir={quoted(str(folder.path))}"]) if _left else 0
+        except KeyboardInterrupt:
+            code = ExitCode.INTERRUPTED
+        except Terminated:
+            code = ExitCode.PREEMPTED
+        return _end(folder, status, task.stopped() or code)
+
+
+def _claim(command: Command, hashes: Sequence[str]) -> tuple[SweepFolder, str]:
+    place = command.folder or task.RUNS
+    try:
+        return claim_sweep(task.RUNS, hashes, resume=command.jobs[0].config["resume"], path=command.folder)
+    except FolderRefused as error:
+        raise ConfigError("hydra.sweep.dir", str(place), f"must be {error}") from None
+    except OSError as error:
+        raise ConfigError(
+            "hydra.sweep.dir", str(place), f"must be a folder we can write to ({error.strerror})"
+        ) from None
+
+
+def _keep_ledger(folder: SweepFolder, command: Command, words: Sequence[str]) -> list[SweepJob]:
+    """Adds the command's jobs to ``sweep.json`` and works out anew in what all of them differ."""
+    known = {job.config_hash: job for job in folder.jobs()}
+    asked: dict[str, list[str]] = {}
+    for job in command.jobs:
+        asked[config_hash(job.config)] = redact([line.removeprefix("++") for line in job.overrides])
+    overrides = {of: job.overrides for of, job in known.items()} | asked
+    values = {of: _values(lines) for of, lines in overrides.items()}
+    keys = list(dict.fromkeys([*(command.swept or ()), *(key for row in values.values() for key in row)]))
+    swept = [
+        key for key in keys if key in (command.swept or ()) or len({repr(v.get(key)) for v in values.values()}) > 1
+    ]
+    jobs = []
+    for of, lines in overrides.items():
+        differs = {key: values[of][key] for key in swept if key in values[of]}
+        place = known[of].folder if of in known else RunFolder(folder.path / job_name(differs, of))
+        jobs.append(SweepJob(place, of, lines, differs))
+    folder.write(shlex.join(["train.py", *redact(words)]), swept, jobs)
+    return jobs
+
+
+def _values(overrides: Sequence[str]) -> dict[str, Any]:
+    parser = OverridesParser.create()
+    parsed = [parser.parse_override(line) for line in overrides]
+    return {f"{'~' if one.is_delete() else ''}{one.key_or_group}": one.value() for one in parsed}
+
+
+def _say_what_comes(folder: SweepFolder, jobs: Sequence[SweepJob]) -> None:
+    _say(f"sweep {folder.path}: {len(jobs)} job{'s' * (len(jobs) > 1)}, {len(_left)} to run")
+    for number, job in enumerate(jobs, 1):
+        if job.is_done:
+            _say(f"[{number}/{len(jobs)}] {job.label()}: {_result(job.folder)} already")
+
+
+def launch(
+    configs: Sequence[DictConfig], run: Callable[[DictConfig], int], *, on_failure: str, jobs_per_device: int
+) -> list[int | None]:
+    """For the launcher: runs each configuration in a process of its own.
+
+    Args:
+        configs: as Hydra composed them, with their `hydra` node.
+        run: what each process does with its own; picklable; answers an exit code.
+        on_failure: ``continue``, ``stop`` or ``retry:N``.
+        jobs_per_device: how many share a GPU, or the CPU where there is none.
+
+    Returns:
+        Exit codes, which `task.exit_code` knows too; None for a job that did not start.
+    """
+    scored = any(cfg.evaluation.suite != "none" for cfg in configs)
+    processes.start_server([*PRELOAD, *(PRELOAD_TO_SCORE if scored else ())])
+    on_cpu = all(cfg.trainer.accelerator == "cpu" for cfg in configs)
+    lines = [_Line(cfg, number) for number, cfg in enumerate(configs, 1)]
+    tasks = [
+        processes.Task(line.prefix, functools.partial(run, cfg), int(cfg.trainer.devices))
+        for line, cfg in zip(lines, configs, strict=True)
+    ]
+    pool = processes.Pool(
+        processes.Places([] if on_cpu else processes.visible_devices(), jobs_per_device),
+        on_failure,
+        before=lambda index: lines[index].begin(),
+        after=lambda index, code: lines[index].end(code),
+    )
+    codes = pool.run(tasks)
+    for code in codes.values():
+        task.note(code)
+    return [codes.get(index) for index in range(len(tasks))]
+
+
+class _Line:
+    """What is said of one job, and what is recorded for it where it could not do so itself.
+
+    Args:
+        cfg: its configuration.
+        number: its place among the jobs of this launch; the ledger's place is shown where there is one.
+    """
+
+    def __init__(self, cfg: DictConfig, number: int) -> None:
+        self.job: SweepJob | None = None
+        name, label, short = str(number), " ".join(cfg.hydra.overrides.task), ""
+        jobs = SweepFolder(Path(str(cfg.hydra.sweep.dir))).jobs()
+        for place, job in enumerate(jobs, 1):
+            if job.folder.path.name == str(cfg.hydra.sweep.subdir):
+                self.job, name, label, short = job, f"{place}/{len(jobs)}", job.label(), job.label(short=True)
+        self._head, self._label, self.prefix = f"[{name}]", label, f"[{name} {short or label}]"
+
+    def begin(self) -> None:
+        """Says that it starts."""
+        self._since = time.monotonic()
+        _say(f"{self._head} {self._label}")
+
+    def end(self, code: int) -> int:
+        """Says how it ended, and answers the exit code that its record amounts to."""
+        if self.job is None:
+            _say(f"{self._head} ended: {_cause(code)}")
+            return code if code >= 0 else int(ExitCode.FAILED)
+        settle(self.job, code)
+        status = read_status(self.job.folder.status)
+        seconds = f"{time.monotonic() - self._since:.0f} s"
+        _say(f"{self._head} {_result(self.job.folder)}, {seconds}")
+        state = str(status.get("state"))
+        if state == "FAILED":
+            _say(f"{self._head} see {self.job.folder.log}")
+            return int(ExitCode.CONFIGURATION if code == ExitCode.CONFIGURATION else ExitCode.FAILED)
+        return int(ExitCode.INTERRUPTED) if code == ExitCode.INTERRUPTED else int(_CODES.get(state, ExitCode.FAILED))
+
+
+def settle(job: SweepJob, code: int) -> None:
+    """Records the end of a job whose process died without a word.
+
+    Args:
+        job: the job.
+        code: its process's exit code, negative for a signal.
+    """
+    status = read_status(job.folder.status)
+    if status.get("state") not in (None, "RUNNING") or not owner_is_gone(status):
+        return
+    stopped = code in (-signal.SIGTERM, -signal.SIGINT, *task.STOPS)
+    record_end(job.folder, job.config_hash, "PREEMPTED" if stopped else "FAILED", _cause(code))
+
+
+def _cause(code: int) -> str:
+    if code >= 0:
+        return f"the process ended with exit code {code}"
+    name = signal.Signals(-code).name
+    hint = {"SIGKILL": " (out of memory?)", "SIGSEGV": " (a crash below Python)"}.get(name, "")
+    return f"the process was killed by {name}{hint}"
+
+
+def _result(folder: RunFolder) -> str:
+    status, summary = read_status(folder.status), read_json(folder.summary)
+    if status.get("reason"):
+        return f"{status['state']}: {status['reason']}"
+    loss = next((summary[key] for key in ("val_loss", "train_loss") if summary.get(key) is not None), None)
+    return str(status.get("state")) if loss is None else f"{status['state']}: loss {loss:.4f}"
+
+
+def _end(folder: SweepFolder, status: Status, code: int) -> int:
+    """Settles what is left open, sets the sweep's state, and compares the jobs."""
+    jobs = folder.jobs()
+    for job in jobs:
+        if job.state == "RUNNING":
+            settle(job, code)
+    states = [job.state for job in jobs]
+    bad = [job for job in jobs if not job.is_done]
+    status.step = len(jobs) - len(bad)
+    if code in task.STOPS:
+        status.set("PREEMPTED", f"{'interrupted' if code == ExitCode.INTERRUPTED else 'stopped by SIGTERM'}")
+    elif bad or code not in (ExitCode.FINISHED, ExitCode.DIVERGED):
+        code = ExitCode.FAILED
+        status.set("FAILED", f"{len(bad)} of {len(jobs)} jobs without a result")
+    else:
+        code = ExitCode.DIVERGED if "DIVERGED" in states else ExitCode.FINISHED
+        status.set("FINISHED")
+    _compare(folder)
+    if bad:
+        _say(f"{len(bad)} of {len(jobs)} jobs have no result; the same command again runs only those:")
+        for job in bad:
+            _say(f"  {job.label()}: {_result(job.folder) if job.state else 'not started'}")
+    return int(code)
+
+
+def _compare(folder: SweepFolder) -> None:
+    """The comparison; a fault here must not hide how the sweep ended."""
+    try:
+        from lightning_opt import reports
+
+        reports.write_sweep(folder.path)
+        for line in reports.sweep_lines(folder.path):
+            _say(line)
+    except Exception as error:
+        _say(f"{traceback.format_exc()}the comparison could not be written: {type(error).__name__}: {error}")
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

@@ -1,0 +1,71 @@
+"""Each benchmark's --quick setting runs and writes numbers that make sense; how fast is not for tests to say."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def quick(name: str, repository: Path, out: Path) -> dict[str, Any]:
+    """The tables of what `python -m benchmarks.<name> --quick` wrote."""
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    [page] = out.glob(f"*-{name}-quick.json")
+    assert "\n| --- |" in page.with_suffix(".md").read_text(encoding="utf-8")
+    record = json.loads(page.read_text(encoding="utf-8"))
+    assert record["machine"]["torch"]
+    return record["tables"]
+
+
+def middle(cell: str) -> float:
+    """The median of ``median (low-high)``, which lies between the two."""
+    median, low, high = map(float, re.fullmatch(r"(-?[\d.]+) \((-?[\d.]+)-(-?[\d.]+)\)", cell).groups())
+    assert low <= median <= high
+    return median
+
+
+def test_train_loop(repository: Path, tmp_path: Path) -> None:
+    [table] = quick("train_loop", repository, tmp_path)
+    [row] = table["rows"]
+    for name in ("ours", "bare", "Trainer"):
+        assert row[f"{name} tokens/s"] == pytest.approx(row["tokens per step"] / row[f"{name} step ms"] * 1e3, rel=0.01)
+    for other in ("bare", "Trainer"):
+        assert 0.05 < middle(row[f"ours / {other}, cpu"]) < 20
+
+
+def test_callback_overhead(repository: Path, tmp_path: Path) -> None:
+    [table] = quick("callback_overhead", repository, tmp_path)
+    [row] = table["rows"]
+    assert row["step without ms"] > 1  # it sleeps that long
+    assert middle(row["with / without, wall"]) > 0
+
+
+def test_data_loading(repository: Path, tmp_path: Path) -> None:
+    [table] = quick("data_loading", repository, tmp_path)
+    rows = {row["loader"]: row for row in table["rows"]}
+    assert {"memmap", "ours, 0 workers", "ours, 1 workers", "torch, 0 workers"} <= set(rows)
+    assert middle(rows["memmap"]["of the limit"]) == 1
+    for row in rows.values():
+        assert middle(row["M tokens/s"]) > 0
+
+
+def test_memory(repository: Path, tmp_path: Path) -> None:
+    [table] = quick("memory", repository, tmp_path)
+    rows = {row["optimizer"]: row for row in table["rows"]}
+    assert set(rows) == {"torch adamw", "lion"}
+    for row in rows.values():
+        assert row["states"] == pytest.approx(row["expected states"], abs=0.1)
+        named = row["weights"] + row["gradients"] + row["states"]
+        assert named == pytest.approx(row["expected weights + gradients + states"], abs=0.3)
+        assert row["peak MiB"] > named - 1
+        assert row["peak less than torch adamw"] == pytest.approx(row["expected less"], abs=2)
+    assert rows["torch adamw"]["states"] == pytest.approx(2 * rows["lion"]["states"], abs=0.2)

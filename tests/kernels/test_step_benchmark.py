@@ -1,0 +1,69 @@
+"""The benchmark of optimizer steps: what would make its numbers wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks import optimizer_step
+from lightning_opt import optim
+
+
+class Clears(torch.optim.SGD):
+    """Steps, then drops its gradients: every later step would be free."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        self.zero_grad()
+
+
+class Overwrites(torch.optim.SGD):
+    """Uses its gradients as scratch space."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        self.param_groups[0]["params"][0].grad.mul_(0.5)
+
+
+def prepared(make):
+    params = optimizer_step.tensors([(4, 3), (5,)], torch.float32, "cpu")
+    kept = [p.grad.clone() for p in params]
+    contender = optimizer_step.Contender("name", make)
+    return optimizer_step.prepare(contender, params, kept, "cpu"), contender, params, kept
+
+
+@pytest.mark.parametrize("cls", [Clears, Overwrites])
+def test_gradients_are_there_for_the_next_one(cls, capsys):
+    runs, contender, params, kept = prepared(lambda p: cls(p, lr=0.1))
+    assert runs == (cls is Overwrites)
+    assert "overwrites" in contender.name if runs else "clears" in capsys.readouterr().out
+    assert all(torch.equal(p.grad, g) for p, g in zip(params, kept, strict=True))
+
+
+def test_a_contender_that_fails_here_is_left_out(capsys):
+    assert not prepared(lambda p: torch.optim.SGD(p, lr=-1.0))[0]
+    assert "Invalid learning rate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", optim.list_optimizers())
+def test_the_floor_is_what_the_rule_moves(name):
+    _, contender, *_ = prepared(lambda p: getattr(optim, optim.OPTIMIZERS[name])(p, lr=1e-3))
+    assert contender.traffic == optim.find_rule(name).traffic
+
+
+@pytest.mark.slow
+def test_quick_run_writes_table_plot_and_json(tmp_path, repository):
+    command = [sys.executable, "-m", "benchmarks.optimizer_step", "--quick", "--rounds", "3", "--out", str(tmp_path)]
+    subprocess.run(command, check=True, cwd=repository, timeout=300, env={**os.environ, "GOMP_SPINCOUNT": "2000"})
+    (page,) = tmp_path.glob("*-optimizer_step-quick.md")
+    assert page.with_suffix(".png").stat().st_size > 10_000
+    record = json.loads(page.with_suffix(".json").read_text())
+    (table,) = record["tables"]
+    names = {row["optimizer"] for row in table["rows"]}
+    assert {"ours lion compiled", "ours adamw fused", "torch AdamW foreach", optimizer_step.YARDSTICK} <= names
+    assert all(row["wall / floor"] > 0 and row["floor bytes"] in (20, 28) for row in table["rows"])

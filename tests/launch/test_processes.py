@@ -1,0 +1,57 @@
+"""The pool's parts on their own."""
+
+import os
+import sys
+
+import pytest
+
+from lightning_opt.launch.processes import Places
+
+
+def test_places_are_given_out_one_by_one_and_come_back():
+    places = Places(["0", "1"], 2)
+    assert places.count == 4
+    assert [places.take(1) for _ in range(5)] == [["0"], ["1"], ["0"], ["1"], None]
+    places.give_back(["1"])
+    assert places.take(2) is None
+    places.give_back(["0"])
+    assert sorted(places.take(2)) == ["0", "1"]
+
+
+def test_a_job_larger_than_the_machine_takes_all_of_it():
+    assert Places([]).take(2) == ["cpu"]
+    places = Places(["0", "1"])
+    assert places.take(8) == ["0", "1"]
+    assert places.take(1) is None
+
+
+# Asks the server, as it is once everything is imported, from a child.
+_ASK = """
+import os, sys
+from lightning_opt.launch import processes, sweep
+
+def ask():
+    import torch
+    threads = len(os.listdir(f"/proc/{os.getppid()}/task"))
+    loaded = {*sweep.PRELOAD, *sweep.PRELOAD_TO_SCORE} <= set(sys.modules)
+    cuda = torch.cuda.is_initialized() or torch.cuda._is_in_bad_fork()
+    print("server", threads, loaded, cuda, os.environ.get("OPENBLAS_NUM_THREADS"), flush=True)
+    return 0
+
+if __name__ == "__main__":
+    processes.start_server([*sweep.PRELOAD, *sweep.PRELOAD_TO_SCORE])
+    print(processes.Pool(processes.Places([])).run([processes.Task("", ask)]), processes.visible_devices())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_the_server_imports_everything_but_starts_no_thread_and_no_cuda(tmp_path, repository):
+    import subprocess
+
+    (tmp_path / "ask.py").write_text(_ASK)
+    environment = {**os.environ, "PYTHONPATH": str(repository), "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("OPENBLAS_NUM_THREADS", None)
+    done = subprocess.run(
+        [sys.executable, "ask.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.stdout == "server 1 True False None\n{0: 0} []\n", done.stderr
