@@ -2,7 +2,8 @@
 
 import sys
 
+from lightning_opt.job import leave
 from lightning_opt.launch import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

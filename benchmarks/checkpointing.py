@@ -60,8 +60,8 @@ class Task:
         """A fresh model on the device."""
         torch.manual_seed(0)
         config = {**self.shape, "activation_checkpointing": self.mode}
-        model = models.build(config, vocab_size=self.shape["vocab_size"], instantiate=_instantiate)
-        return model.to(_device())
+        with torch.device(_device()):
+            return models.build(config, vocab_size=self.shape["vocab_size"], instantiate=_instantiate)
 
     def tokens(self) -> tuple[Tensor, Tensor]:
         """Inputs and labels."""
@@ -89,9 +89,18 @@ def main() -> None:
     if args.quick:
         shape |= {"num_layers": 4, "hidden_size": 64, "num_heads": 2, "intermediate_size": 256, "vocab_size": 16384}
     task = Task(shape, args.batch, min(args.length, shape["context_length"]), threads=torch.get_num_threads())
-    ways = [replace(task, mode=mode, loss=loss) for loss in LOSSES for mode in MODES]
-    memory = [_in_fresh_process(peak_bytes, way) for way in ways]
-    seconds = measure_time(ways, args.rounds)
+    ways = [replace(task, mode=mode, loss=loss) for loss in LOSSES for mode in args.modes]
+    memory: list[int | None] = []
+    for way in ways:
+        memory.append(_in_fresh_process(peak_bytes, way))
+        _keep(task, args, where, _rows(ways, memory, [None] * len(memory)), more=True)
+    _keep(task, args, where, _rows(ways, memory, measure_time(ways, args.rounds)))
+
+
+def _keep(
+    task: Task, args: argparse.Namespace, where: dict[str, Any], rows: list[dict[str, Any]], more: bool = False
+) -> None:
+    shape = task.shape
     page = Page(
         "checkpointing",
         f"Activation checkpointing and the loss: {args.model}",
@@ -100,9 +109,9 @@ def main() -> None:
         f"{task.batch} x {task.length} tokens, "
         + ("bfloat16 arithmetic." if where["cuda"] else "float32.")
         + f" {args.rounds} rounds.",
-        [Table("Peak memory and time of a step", _rows(ways, memory, seconds))],
+        [Table("Peak memory and time of a step", rows)],
     )
-    keep(page, where, args.out, suffix=f"-{args.model}{'-quick' if args.quick else ''}")
+    keep(page, where, args.out, suffix=f"-{args.model}{'-quick' if args.quick else ''}", more=more)
 
 
 def measure_time(ways: list[Task], rounds: int) -> list[list[float] | None]:
@@ -152,7 +161,7 @@ def peak_bytes(task: Task) -> int | None:
 
 def _rows(ways: list[Task], memory: list[int | None], seconds: list[list[float] | None]) -> list[dict[str, Any]]:
     rows = []
-    for way, peak, times in zip(ways, memory, seconds, strict=True):
+    for way, peak, times in zip(ways, memory, seconds, strict=False):
         fits = peak is not None and memory[0] is not None
         ratios = [a / b for a, b in zip(times, seconds[0], strict=True)] if times and seconds[0] else None
         rows.append(
@@ -202,6 +211,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     presets = sorted(file.stem for file in CONF.glob("*.yaml") if file.stem != "hf")
     parser.add_argument("--model", default="llama_130m", choices=presets)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--layers", type=int, help="instead of the model's own")
     parser.add_argument("--batch", type=int, default=4 if on_gpu else 1, help="sequences")
     parser.add_argument("--length", type=int, default=4096 if on_gpu else 1024, help="tokens of a sequence")

@@ -179,13 +179,19 @@ def main() -> None:
         streams = write_corpora(Path(folder), 2_000_000 if args.quick else 40_000_000)
         for length in args.lengths:
             rows += measure(streams, length, args)
+            keep_rows(rows, args, where, more=length != args.lengths[-1])
+
+
+def keep_rows(rows: list[dict[str, Any]], args: argparse.Namespace, where: dict[str, Any], more: bool) -> None:
+    """Keeps the page of what was measured so far."""
     note = (
         f"Batches of {args.batch}, {args.rounds} rounds; median (10-90 %). Goal: 2 M tokens/s. "
         "The files are in the page cache."
     )
     about = "Every loader in turn, in shuffled order; *of the limit* is within a round. See the module's text."
     table = Table("Tokens per second", rows, note)
-    keep(Page("data_loading", "Data loading", about, [table]), where, args.out, suffix="-quick" if args.quick else "")
+    page = Page("data_loading", "Data loading", about, [table])
+    keep(page, where, args.out, suffix="-quick" if args.quick else "", more=more)
 
 
 if __name__ == "__main__":

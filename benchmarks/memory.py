@@ -41,7 +41,7 @@ MODELS: dict[str, dict[str, int]] = {
 }
 BATCHES = {"nano": (2, 128), "27M": (2, 256), "llama_130m": (1, 4096)}
 # bytes of state per weight; AdamW keeps its second moment in float32
-STATE = {"torch adamw": 8, "adamw": 8, "adamw bfloat16": 6, "lion": 4, "lion bfloat16": 2}
+STATE = {"torch-adamw": 8, "adamw": 8, "adamw-bfloat16": 6, "lion": 4, "lion-bfloat16": 2}
 STEPS = 3
 PART_LIMIT_S = 300
 # glibc gives back what is freed, so that what is resident is what is used
@@ -49,11 +49,11 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_TRIM_THRESHOLD_": "16384", 
 
 
 def make_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
-    if name == "torch adamw":
+    if name == "torch-adamw":
         return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     from lightning_opt import optim
 
-    rule, _, state = name.partition(" ")
+    rule, _, state = name.partition("-")
     config = {"name": rule, "lr": 1e-4, "max_grad_norm": 1.0, "state_dtype": state or "float32"}
     return optim.build(model, {**config, "roles": {"default": {"rule": rule}}})
 
@@ -91,7 +91,8 @@ def train(name: str, model_name: str, device: str, meter: Meter) -> dict[str, in
 
     batch, length = BATCHES[model_name]
     torch.manual_seed(0)
-    model = models.llama(**MODELS[model_name], context_length=length).to(device).train()
+    with torch.device(device):
+        model = models.llama(**MODELS[model_name], context_length=length).train()
     optimizer = make_optimizer(name, model)
     tokens = torch.randint(0, MODELS[model_name]["vocab_size"], (batch, length + 1), device=device)
     for step in range(STEPS):
@@ -101,7 +102,7 @@ def train(name: str, model_name: str, device: str, meter: Meter) -> dict[str, in
         with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
             loss = models.causal_lm_loss(model, tokens[:, :-1], tokens[:, 1:]).total
         loss.backward()
-        if name == "torch adamw":
+        if name == "torch-adamw":
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     if device == "cuda":
@@ -140,8 +141,8 @@ def row(name: str, found: dict[str, int], baseline: dict[str, int]) -> dict[str,
         "rest": round((found["peak"] - named) / 2**20, 1),
         "expected weights + gradients + states": round((8 + STATE[name]) * count / 2**20, 1),
         "expected states": round(STATE[name] * count / 2**20, 1),
-        "peak less than torch adamw": round((baseline["peak"] - found["peak"]) / 2**20, 1),
-        "expected less": round((STATE["torch adamw"] - STATE[name]) * count / 2**20, 1),
+        "peak less than torch-adamw": round((baseline["peak"] - found["peak"]) / 2**20, 1),
+        "expected less": round((STATE["torch-adamw"] - STATE[name]) * count / 2**20, 1),
     }
 
 
@@ -161,7 +162,7 @@ def main() -> None:
         part(args.part, model, args.device)
         return
     where, found = machine(), {}
-    for name in args.optimizers or (["torch adamw", "lion"] if args.quick else list(STATE)):
+    for name in args.optimizers or (["torch-adamw", "lion"] if args.quick else list(STATE)):
         words = [sys.executable, "-m", "benchmarks.memory", "--part", name, "--model", model, "--device", args.device]
         done = subprocess.run(
             words, capture_output=True, text=True, timeout=PART_LIMIT_S, cwd=ROOT, env={**os.environ, **MALLOC}
@@ -169,6 +170,14 @@ def main() -> None:
         if done.returncode:
             raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
         found[name] = json.loads(done.stdout.strip().splitlines()[-1])
+        keep_found(found, model, args, where, more=True)
+    keep_found(found, model, args, where)
+
+
+def keep_found(
+    found: dict[str, dict[str, int]], model: str, args: argparse.Namespace, where: dict[str, Any], more: bool = False
+) -> None:
+    """Keeps the page of what was measured so far."""
     first = next(iter(found.values()))
     batch, length = BATCHES[model]
     note = (
@@ -182,6 +191,7 @@ def main() -> None:
         where,
         args.out,
         suffix="-quick" if args.quick else "",
+        more=more,
     )
 
 

@@ -7,7 +7,8 @@
 
 Ours is `training.fit` as a run does it (data module, Lightning, callbacks, clipping, logging; `trainer=gpu`:
 bf16-mixed, every decoder layer compiled), over random tokens. The Trainer gets the same model, batches, number format,
-torch's fused AdamW and the same clipping, as it comes (`trainer`) and with its `torch_compile` (`trainer-compiled`).
+torch's fused AdamW and the same clipping, as it comes (`trainer`) and with its `torch_compile` (`trainer-compiled`);
+the faster of the two is the one to beat.
 Every part runs in a process of its own, so that no part finds another's memory or compiled kernels; a micro-batch that
 does not fit is halved until it does. Both are timed by the same marks at the end of each optimizer step (CUDA events),
 after 3 steps that do not count.
@@ -37,7 +38,7 @@ MODELS = ("llama_130m", "llama_300m", "llama_520m", "llama_1_2b")
 ROOT = Path(__file__).resolve().parents[1]
 GOALS = {"llama_130m": 0.33, "llama_300m": 0.38, "llama_520m": 0.43, "llama_1_2b": 0.47}  # one H100, sequence 4096
 # ours-<optimizer>[-<trainer.compile>], or transformers' Trainer as it comes or compiled
-CONTENDERS = ("ours-adamw", "trainer", "ours-lion", "trainer-compiled", "ours-adamw-model", "ours-adamw-off")
+CONTENDERS = ("ours-adamw", "trainer-compiled", "trainer", "ours-lion", "ours-adamw-model", "ours-adamw-off")
 # Sequences of 4096 that should fit into 80 GB: ours by 40 bytes of activations per hidden unit, layer and token; the
 # Trainer keeps twice that and 14 bytes of logits and their gradients per token and vocabulary entry.
 MICRO_BATCH = {"llama_130m": (16, 4), "llama_300m": (8, 4), "llama_520m": (8, 2), "llama_1_2b": (4, 2)}
@@ -74,7 +75,7 @@ def page(rows: dict[str, dict[str, Any]]) -> Page:
     """All parts so far."""
     table = []
     for row in sorted(rows.values(), key=lambda row: (row["flops_per_token"], CONTENDERS.index(row["contender"]))):
-        rival = rows.get(f"{row['model']} trainer") if row["contender"].startswith("ours") else None
+        rival = faster_trainer(rows, row["model"]) if row["contender"].startswith("ours") else None
         goal = GOALS.get(row["model"]) if row["contender"].startswith("ours") else None
         gib = row["peak_gib"]
         table.append(
@@ -84,7 +85,8 @@ def page(rows: dict[str, dict[str, Any]]) -> Page:
                 "tokens/s": f"{row['tokens_per_s']:,.0f}",
                 "MFU %": row["mfu"] and f"{100 * row['mfu']:.1f}",
                 "goal %": goal and f"{100 * goal:.0f}",
-                "against Trainer": rival and f"{row['tokens_per_s'] / rival['tokens_per_s']:.2f}x",
+                "against the faster Trainer": rival
+                and f"{row['tokens_per_s'] / rival['tokens_per_s']:.2f}x ({rival['contender']})",
                 "step ms (10-90 %)": f"{row['step_ms']:.0f} ({row['step_ms_p10']:.0f}-{row['step_ms_p90']:.0f})",
                 **{name: shown(row.get(f"{name}_ms")) for name in ("data", "forward_backward", "optimizer", "other")},
                 "peak GiB": gib and f"{gib:.1f}",
@@ -102,6 +104,12 @@ def page(rows: dict[str, dict[str, Any]]) -> Page:
     )
     about = "MFU with the output head counted and recomputation not; what is compared and how is said in the module."
     return Page("mfu", "Model FLOPs utilisation", about, [Table("Training speed", table, note)])
+
+
+def faster_trainer(rows: dict[str, dict[str, Any]], model: str) -> dict[str, Any] | None:
+    """The faster of `trainer` and `trainer-compiled` among those measured."""
+    rivals = [row for row in rows.values() if row["model"] == model and row["contender"].startswith("trainer")]
+    return max(rivals, key=lambda row: row["tokens_per_s"], default=None)
 
 
 def shown(milliseconds: float | None) -> str | None:
@@ -131,7 +139,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     args.models = args.models or (["nano"] if args.quick else list(MODELS))
-    args.contenders = args.contenders or list(CONTENDERS[: 2 if args.quick else 4])
+    args.contenders = args.contenders or (["ours-adamw", "trainer"] if args.quick else list(CONTENDERS[:4]))
     args.out = args.out.resolve()
     args.global_batch = args.global_batch or (2 if args.quick else GLOBAL_BATCH)
     if args.quick:

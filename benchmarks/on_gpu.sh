@@ -16,9 +16,17 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3} DEVICE=${DEVICE:-cuda} QUICK=${QUICK:-} OUT=${OUT:-on_gpu_out} MFU=${MFU:-} ONLY=${ONLY:-}
 LIMIT=${LIMIT:-470} # seconds for all
 BENCHMARKS="optimizer_step train_loop data_loading memory checkpointing callback_overhead"
-declare -A SHARE=([tests]=110 [optimizer_step]=60 [train_loop]=60 [data_loading]=25 [memory]=45 [checkpointing]=30
-  [callback_overhead]=25 [mfu]=$LIMIT) # seconds at most
-[[ -n $QUICK ]] && for name in "${!SHARE[@]}"; do SHARE[$name]=150; done
+declare -A SHARE=([tests]=100 [optimizer_step]=75 [train_loop]=60 [data_loading]=20 [memory]=45 [checkpointing]=40
+  [callback_overhead]=20 [mfu]=$LIMIT) # seconds at most: 360 before mfu; a page is written with every row or table
+declare -A WORK=(                      # what fits into that, by estimate
+  [optimizer_step]="--sets 27M 124M --dtypes float32 --rounds 9"
+  [train_loop]="--rounds 4 --warm 1"
+  [data_loading]="--lengths 4096 --rounds 3 --block-s 0.3"
+  [memory]="--optimizers torch-adamw adamw lion"
+  [checkpointing]="--modes off full --rounds 3"
+  [callback_overhead]="--rounds 8"
+)
+[[ -n $QUICK ]] && for name in "${!SHARE[@]}"; do SHARE[$name]=150 WORK[$name]=--quick; done
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 if [[ $DEVICE == cpu ]]; then
@@ -44,7 +52,7 @@ import platform
 import sys
 
 needed = ["torch", "lightning", "torchmetrics", "transformers", "hydra-core", "omegaconf", "safetensors", "tokenizers"]
-useful = ["grain", "datasets", "lm_eval", "accelerate", "pytest", "triton", "lion-pytorch", "torch-optimi", "pytorch_optimizer"]
+useful = ["grain", "datasets", "lm_eval", "accelerate", "pytest", "triton", "lion-pytorch", "torch-optimi", "pytorch_optimizer", "bitsandbytes"]
 
 
 def version(name):
@@ -101,7 +109,8 @@ for name in $BENCHMARKS; do
     echo "$name: there is no such benchmark yet"
     continue
   fi
-  step "$name" "$PYTHON" -m "benchmarks.$name" ${QUICK:+--quick} --out "$results"
+  # shellcheck disable=SC2086  # words
+  step "$name" "$PYTHON" -m "benchmarks.$name" ${WORK[$name]} --out "$results"
 done
 
 # shellcheck disable=SC2086  # $MFU is words

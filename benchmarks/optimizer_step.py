@@ -8,10 +8,10 @@ Once a round the same stream runs over one flat float32 tensor of as many bytes:
 does in place (column "/ flat", the stricter one where tensors are small and calls cost more than memory). Both
 yardsticks write what they read; a copy would look 1.5 times slower.
 
-Peers are measured where they are installed (extra `peers`): pip install --no-deps lion-pytorch pytorch_optimizer
-torch-optimi bitsandbytes. A contender that clears its gradients is left out: without them a step costs nothing. One
-that overwrites them is named so and gets them back after each step, untimed. First steps start from an empty compile
-cache.
+Peers that are not installed are named above the table (extra `peers`): pip install --no-deps lion-pytorch
+pytorch_optimizer torch-optimi bitsandbytes. A contender that clears its gradients is left out: without them a step
+costs nothing. One that overwrites them is named so and gets them back after each step, untimed. First steps start from
+an empty compile cache.
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ class Contender:
     state: float = 0.0  # bytes per parameter
     first_s: float = 0.0
     overwrites: bool = False  # its own gradients
+    left_out: str = ""  # why, where it is
     own: list[tuple[float, float]] = field(default_factory=list)  # (busy, wall) per round, seconds
     floor: list[tuple[float, float]] = field(default_factory=list)
 
@@ -124,7 +125,7 @@ def _torch_compiled(params: list[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 def peers(device: str) -> Iterator[Contender]:
-    """Those that are installed, each in every way it offers for this device."""
+    """Each in every way it offers for this device; one that is not installed says so when it is made."""
     triton = [{"triton": True}] if device == "cuda" else []
     for cls in ("Lion", "AdamW"):
         for keys in ({"foreach": False, "triton": False}, {"foreach": True}, *triton):
@@ -138,17 +139,16 @@ def peers(device: str) -> Iterator[Contender]:
     for keys in ({"foreach": False}, {"foreach": True}):
         word = "foreach" if keys["foreach"] else "for-loop"
         yield from _peer("pytorch_optimizer", "Lion", f"pytorch-optimizer Lion {word}", keys, slow=word == "for-loop")
-    if importlib.util.find_spec("pytorch_optimizer"):
-        yield Contender("pytorch-optimizer Lion compiled", _pytorch_optimizer_compiled, compiles=True)
+    yield Contender("pytorch-optimizer Lion compiled", _pytorch_optimizer_compiled, compiles=True)
 
 
 def _peer(module: str, cls: str, name: str, keys: dict[str, Any], slow: bool = False) -> Iterator[Contender]:
-    try:
+    def make(params: list[nn.Parameter]) -> torch.optim.Optimizer:
         with contextlib.redirect_stdout(io.StringIO()):  # bitsandbytes reports what it did not find
             made = getattr(importlib.import_module(module), cls)
-    except ImportError:
-        return
-    yield Contender(name, lambda p: made(p, **SETTINGS, **keys), slow=slow)
+        return made(params, **SETTINGS, **keys)
+
+    yield Contender(name, make, slow=slow)
 
 
 def _pytorch_optimizer_compiled(params: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -193,13 +193,11 @@ def prepare(contender: Contender, params: list[nn.Parameter], kept: list[Tensor]
         for _ in range(2):
             contender.step()
     except Exception as error:  # a peer may fail on this device or dtype in any way; the others go on
-        print(f"{contender.name} left out: {(str(error) or repr(error)).splitlines()[0]}", flush=True)
-        return False
+        return leave_out(contender, (str(error) or repr(error)).splitlines()[0])
     if any(p.grad is not g for p, g in zip(params, grads, strict=True)):
-        print(f"{contender.name} left out: it clears its gradients", flush=True)
         for p, g in zip(params, grads, strict=True):
             p.grad = g
-        return False
+        return leave_out(contender, "it clears its gradients")
     if not all(torch.equal(g, k) for g, k in zip(grads, kept, strict=True)):
         contender.overwrites = True
         contender.name += " (overwrites gradients)"
@@ -210,10 +208,17 @@ def prepare(contender: Contender, params: list[nn.Parameter], kept: list[Tensor]
     return True
 
 
+def leave_out(contender: Contender, why: str) -> bool:
+    """Says why a contender is not in the table; False."""
+    contender.left_out = why
+    print(f"{contender.name} left out: {why}", flush=True)
+    return False
+
+
 def measure(
     setting: Setting, dtype: torch.dtype, device: str, compiles: bool, rounds: int | None
-) -> tuple[list[Contender], list[tuple[float, float]]]:
-    """Contenders with their rounds, and the rounds of the flat stream."""
+) -> tuple[list[Contender], list[tuple[float, float]], str]:
+    """Contenders with their rounds, the rounds of the flat stream, and who was left out why."""
     params = tensors(setting.shapes(), dtype, device)
     weights, grads = [p.detach() for p in params], [p.grad for p in params]
     kept = [g.clone() for g in grads]
@@ -241,7 +246,8 @@ def measure(
     gc.enable()
     if not all(torch.isfinite(w).all() for w in weights):
         raise RuntimeError("a contender left a weight that is not finite")
-    return contenders, flats
+    absent = "; ".join(f"{c.name} ({c.left_out})" for c in every if c.left_out)
+    return contenders, flats, f" Left out: {absent}." if absent else ""
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:
@@ -342,19 +348,28 @@ def main() -> None:
                 shapes = SETS[name].shapes()
                 size = sum(math.prod(shape) for shape in shapes)
                 kind = getattr(torch, dtype)
-                contenders, flats = measure(SETS[name], kind, args.device, not args.quick, args.rounds)
+                contenders, flats, absent = measure(SETS[name], kind, args.device, not args.quick, args.rounds)
                 rows = rows_of(contenders, flats, kind.itemsize, "gpu" if args.device == "cuda" else "cpu")
                 title = f"{name}: {size / 1e6:.2f}M parameters in {len(shapes)} tensors, {dtype}"
-                tables.append(record.Table(title, rows, streams_of(contenders, flats, size, kind.itemsize)))
+                tables.append(record.Table(title, rows, streams_of(contenders, flats, size, kind.itemsize) + absent))
+                keep_tables(tables, args, where, more=True)
                 del contenders
                 torch._dynamo.reset()
                 gc.collect()
+    keep_tables(tables, args, where)
+
+
+def keep_tables(
+    tables: Sequence[record.Table], args: argparse.Namespace, where: dict[str, Any], more: bool = False
+) -> None:
+    """Keeps page and plot of what was measured so far."""
     suffix = "-quick" if args.quick else "-small" if args.small else ""
     plot = f"{where['date']}-optimizer_step{suffix}.png"
     args.out.mkdir(parents=True, exist_ok=True)
     draw(tables, args.out / plot)
     title = "One optimizer step against the memory's speed"
-    record.keep(record.Page("optimizer_step", title, ABOUT, tables, [plot]), where, args.out, suffix=suffix)
+    page = record.Page("optimizer_step", title, ABOUT, tables, [plot])
+    record.keep(page, where, args.out, suffix=suffix, more=more)
 
 
 if __name__ == "__main__":

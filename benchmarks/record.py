@@ -73,13 +73,14 @@ def machine() -> dict[str, Any]:
     }
 
 
-def keep(page: Page, where: dict[str, Any], out: Path | None = None, *, suffix: str = "") -> Path:
+def keep(page: Page, where: dict[str, Any], out: Path | None = None, *, suffix: str = "", more: bool = False) -> Path:
     """Writes ``<date>-<name><suffix>.json`` and ``.md`` and prints the page.
 
     Args:
         page: what was found.
         where: `machine()` as it was before the measurement.
         out: folder; ``benchmarks/results`` when None.
+        more: whether more is to come: written, so that nothing is lost where the run is cut short, but not printed.
         suffix: what tells this variant from others of the day, for example ``-small``.
 
     Returns:
@@ -99,6 +100,8 @@ def keep(page: Page, where: dict[str, Any], out: Path | None = None, *, suffix: 
     pictures = [f"![{Path(name).stem}]({name})\n" for name in page.plots]
     text = "\n".join([head, *pictures, *(table.markdown() for table in page.tables)])
     path.write_text(text, encoding="utf-8")
+    if more:
+        return path
     print(text)
     print(f"written to {path}")
     return path

@@ -8,7 +8,7 @@
 - *bare*: zero_grad, forward, backward, step, schedule; the same model, loss, batches and optimizer; nothing else.
 - *Trainer*: transformers' own loop on the same model and batches with its own loss and its default fused AdamW;
   clipping, a linear schedule and a log entry every 10 steps as in ours; no saving, evaluation, bar or reporting, and
-  without its check of every loss for NaN.
+  without its check of every loss for NaN. It compiles whole models only, which takes minutes: not here.
 
 Each stands still while the others do a block of steps, in an order shuffled every round. Ratios are of tokens/s, within
 a round: medians and deciles. By CPU time they are steady on a busy machine; by the clock they are what a user sees.
@@ -209,7 +209,6 @@ def trainer(setting: Setting) -> Body:
             disable_tqdm=True,
             use_cpu=not setting.cuda,
             bf16=setting.cuda,
-            torch_compile=setting.compile != "off",
         )
         made = transformers.Trainer(
             copy.deepcopy(setting.model),
@@ -241,8 +240,10 @@ def measure(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]
     """One model; a row of the table."""
     batch, length = args.batch or BATCHES[name][0], args.length or BATCHES[name][1]
     torch.manual_seed(0)
+    with torch.device(args.device):
+        model = models.llama(**SHAPES[name], context_length=length)
     setting = Setting(
-        model=models.llama(**SHAPES[name], context_length=length),
+        model=model,
         sequences=sequences(folder, SHAPES[name]["vocab_size"], length),
         batch=batch,
         length=length,
@@ -304,15 +305,22 @@ def main() -> None:
     for name in args.models:
         with tempfile.TemporaryDirectory() as folder:
             rows.append(measure(name, args, Path(folder)))
+        keep_rows(rows, args, where, more=name != args.models[-1])
+
+
+def keep_rows(rows: list[dict[str, Any]], args: argparse.Namespace, where: dict[str, Any], more: bool) -> None:
+    """Keeps the page of what was measured so far."""
     note = (
         f"{args.rounds} rounds of {args.block} steps; {'bf16-mixed' if args.device == 'cuda' else 'float32'}, "
-        f"compile {args.compile}; our AdamW in ours and bare, torch's fused AdamW in Trainer "
+        f"compile {args.compile} (Trainer: off; compiled it is in benchmarks.mfu); "
+        "our AdamW in ours and bare, torch's fused AdamW in Trainer "
         f"{transformers.__version__}. "
         "Ratios above 1: ours is faster. Goals: >= 0.97 of bare, > 1 against Trainer."
     )
     about = "Contenders alternate block by block; ratios are per round, median (10-90 %); see the module's text."
     table = Table("Tokens per second", rows, note)
-    keep(Page("train_loop", "Training loop", about, [table]), where, args.out, suffix="-quick" if args.quick else "")
+    page = Page("train_loop", "Training loop", about, [table])
+    keep(page, where, args.out, suffix="-quick" if args.quick else "", more=more)
 
 
 if __name__ == "__main__":

@@ -81,9 +81,9 @@ class Memory(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Logs when it is time."""
-        if trainer.global_step == self._step or trainer.global_step % trainer.log_every_n_steps:
+        before, self._step = self._step, trainer.global_step
+        if self._step == before or self._step % trainer.log_every_n_steps:
             return
-        self._step = trainer.global_step
         measured = self.measure(pl_module.device, trainer.optimizers)
         values = torch.tensor(list(measured.values()), dtype=torch.float64)
         if trainer.world_size > 1:

@@ -2,4 +2,4 @@
 
 from lightning_opt._lazy import attach
 
-__getattr__, __dir__, __all__ = attach(__name__, {"stages": ["run"]})
+__getattr__, __dir__, __all__ = attach(__name__, {"stages": ["run"], "leaving": ["leave"]})

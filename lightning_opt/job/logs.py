@@ -40,31 +40,38 @@ def run_log(path: Path) -> Iterator[logging.Logger]:
     terminal.setLevel(logging.INFO)
     file = logging.FileHandler(path, encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S"))
-    ours, captured = logging.getLogger("lightning_opt"), logging.getLogger("py.warnings")
-    levels = {name: logging.getLogger(name).level for name in _NOISY}
-    for name in _NOISY:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    ours.setLevel(logging.INFO)
-    ours.propagate = False
-    ours.handlers = [terminal, file]
-    captured.handlers, captured.propagate = [file], False
-    logging.captureWarnings(True)
-    try:
-        with warnings.catch_warnings():
+    with _borrowed() as (ours, captured, *noisy):
+        for logger in noisy:
+            logger.setLevel(logging.ERROR)
+        ours.setLevel(logging.INFO)
+        ours.handlers, ours.propagate = [terminal, file], False
+        captured.handlers, captured.propagate = [file], False
+        try:
             yield ours
-    finally:
-        logging.captureWarnings(False)
-        captured.handlers, ours.handlers = [], []
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
-        file.close()
+        finally:
+            file.close()
 
 
 @contextmanager
 def muted() -> Iterator[logging.Logger]:
     """Silence for the ranks of a run that are not its first: the first says and warns it all."""
-    names = ("lightning_opt", "py.warnings", *_NOISY)
-    for logger in map(logging.getLogger, names):
-        logger.handlers, logger.propagate = [logging.NullHandler()], False
+    with _borrowed() as loggers:
+        for logger in loggers:
+            logger.handlers, logger.propagate = [logging.NullHandler()], False
+        yield loggers[0]
+
+
+@contextmanager
+def _borrowed() -> Iterator[list[logging.Logger]]:
+    """Our logger, that of warnings and the noisy ones; given back as they were."""
+    loggers = [logging.getLogger(name) for name in ("lightning_opt", "py.warnings", *_NOISY)]
+    before = [(logger, logger.handlers, logger.propagate, logger.level) for logger in loggers]
     logging.captureWarnings(True)
-    yield logging.getLogger("lightning_opt")
+    try:
+        with warnings.catch_warnings():
+            yield loggers
+    finally:
+        logging.captureWarnings(False)
+        for logger, handlers, propagate, level in before:
+            logger.handlers, logger.propagate = handlers, propagate
+            logger.setLevel(level)

@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
 
+from lightning_opt.job.leaving import leave
 from lightning_opt.job.logs import muted, run_log
 from lightning_opt.job.outcomes import Outcome, left_notes
 from lightning_opt.job.signals import Terminated, terminable
@@ -28,6 +28,7 @@ from lightning_opt.run_folder import ExitCode, RunFolder
 
 LOOK_S = 1.0  # between two looks at the step counter
 SETTLE_S = 5.0  # for the other ranks to say what happened to them, once one has ended badly
+LEAVE_S = 22.0  # for the other ranks, once one that was asked to end has: a logger of the first may take 20 s
 
 
 class Steps(Protocol):
@@ -68,7 +69,8 @@ def start_ranks(work: Work, order: Any, folder: RunFolder, status: Steps, count:
     """Starts the ranks of one machine and stays until the last is gone.
 
     Whatever ends one rank ends all; they also end when this process does, however it dies. Ctrl-C and SIGTERM are
-    passed on as SIGTERM, which all ranks answer after the same step.
+    passed on as SIGTERM, which all ranks answer after the same step. Where another process took the port that they
+    were to meet at, they are started once more.
 
     Args:
         work: what a rank does; found by its name in the new process, as is all that `order` refers to.
@@ -84,6 +86,12 @@ def start_ranks(work: Work, order: Any, folder: RunFolder, status: Steps, count:
         KeyboardInterrupt: this process was interrupted; the ranks are gone.
         Terminated: the same by SIGTERM.
     """
+    outcome = _start_once(work, order, folder, status, count)
+    taken = "EADDRINUSE" in (outcome.reason or "")
+    return _start_once(work, order, folder, status, count) if taken else outcome
+
+
+def _start_once(work: Work, order: Any, folder: RunFolder, status: Steps, count: int) -> Outcome:
     context = multiprocessing.get_context("spawn")
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "TORCHELASTIC_RUN_ID": "lightning_opt"}
     steps = Counter(context.RawValue("q", status.step))
@@ -101,7 +109,7 @@ def start_ranks(work: Work, order: Any, folder: RunFolder, status: Steps, count:
         dead = {rank: process.exitcode for rank, process in enumerate(ranks) if process.exitcode}
         _stop(ranks, SETTLE_S)
     except (KeyboardInterrupt, Terminated):
-        _stop(ranks, None)
+        _stop(ranks, LEAVE_S, together=True)
         left_notes(folder)  # they only tell that they were asked to stop, as we are
         raise
     finally:
@@ -122,19 +130,23 @@ def _cause(dead: dict[int, int], notes: dict[int, Outcome]) -> Outcome:
     return min(notes.values(), key=lambda note: note.time, default=Outcome())
 
 
-def _stop(ranks: list[BaseProcess], patience: float | None) -> None:
+def _stop(ranks: list[BaseProcess], patience: float, *, together: bool = False) -> None:
     """Asks the living ranks to end, and waits.
 
     Args:
         ranks: the processes.
-        patience: seconds to wait; None: as long as their step takes.
+        patience: seconds to wait.
+        together: they count from the first rank's end: a step takes as long as it takes, but one that waits for a
+            rank that is gone, in a call below Python, hears nothing.
     """
     alive = [process for process in ranks if process.is_alive()]
     for process in alive:
         process.terminate()
-    deadline = None if patience is None else time.monotonic() + patience
+    if together and len(alive) == len(ranks):
+        wait([process.sentinel for process in alive])
+    deadline = time.monotonic() + patience
     for process in alive:
-        process.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        process.join(max(0.0, deadline - time.monotonic()))
 
 
 def _free_port() -> int:
@@ -150,7 +162,7 @@ def _rank(work: Work, order: Any, folder: RunFolder, steps: Counter, place: Plac
     threading.Thread(target=_end_with_starter, name="starter", daemon=True).start()
     with terminable(), speak(folder, place):
         outcome = work(order, folder, steps, place)
-    sys.exit(int(outcome.code))
+    leave(int(outcome.code))
 
 
 def _end_with_starter() -> None:

@@ -22,6 +22,7 @@ from lightning_opt.run_folder import (
     ExitCode,
     RunFolder,
     Status,
+    SweepFolder,
     append_event,
     config_hash,
     read_status,
@@ -157,7 +158,8 @@ def _train(order: Order, folder: RunFolder, status: ranks.Steps, group: Any) -> 
     described = anatomy.describe(model)
     optimizer = optim.build(model, config["optimizer"])
     flops = _flops_per_token(model, described.non_embedding, plan.sequence_length)
-    precision = training.choose_precision(config["trainer"]["precision"], config["trainer"]["accelerator"])
+    strategy = config["trainer"]["strategy"] if plan.devices > 1 else "auto"
+    precision = training.choose_precision(config["trainer"]["precision"], config["trainer"]["accelerator"], strategy)
     if group.first:
         planned = record.planned(
             config,
@@ -314,7 +316,9 @@ def _report(folder: RunFolder) -> None:
         from lightning_opt import reports
 
         reports.write(folder.path)
-        notices.last_block(folder.path, summary, reports.next_commands(reports.read(folder.path)))
+        in_sweep = SweepFolder(folder.path.parent).sweep.exists()  # whose own end says what to type next
+        commands = [] if in_sweep else reports.next_commands(reports.read(folder.path))
+        notices.last_block(folder.path, summary, commands)
     except Exception as error:
         log.error("the report could not be written: %s: %s", type(error).__name__, error)
         log.error("%s", traceback.format_exc())

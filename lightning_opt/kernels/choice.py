@@ -61,16 +61,15 @@ def choose(rule: Rule, asked: str, device: torch.device, dtypes: Sequence[torch.
         if has_fused:
             return Choice("fused", "as asked, torch's kernel")
         return Choice("foreach", f"torch's fused {rule.name} does not take {_names(dtypes)} on {device.type}")
-    can, why = compiled.possible(rule, device, tuple(dtypes))
     if asked == "compiled":
+        can, why = compiled.possible(rule, device, tuple(dtypes))
         return Choice("compiled", f"as asked, {why}") if can else Choice("foreach", why)
-    other = Choice("fused", "auto: torch's kernel") if has_fused else Choice("foreach", f"auto: {why}")
-    if not can or (has_fused and device.type != "cpu"):
-        return other
     size = f"{elements / 1e6:.{1 if elements >= 1e6 else 3}f}M parameters"
-    if device.type == "cpu" and elements < CPU_ELEMENTS[other.implementation]:
-        return other if has_fused else Choice("foreach", f"auto: {size} are too few to pay for compiling")
-    return Choice("compiled", f"auto: {size}, {why}")
+    other, known = ("fused", "torch's kernel") if has_fused else ("foreach", f"{size} are too few to pay for compiling")
+    if elements < CPU_ELEMENTS[other] if device.type == "cpu" else has_fused:
+        return Choice(other, f"auto: {known}")  # before asking, since that compiles
+    can, why = compiled.possible(rule, device, tuple(dtypes))
+    return Choice("compiled", f"auto: {size}, {why}") if can else Choice(other, f"auto: {why}")
 
 
 def run(implementation: str, rule: Rule, bucket: Bucket) -> None:

@@ -19,32 +19,45 @@ from lightning_opt.kernels.rule import Bucket, Rule, apply, wide
 
 log = logging.getLogger("lightning_opt.kernels")
 
-_broken: set[str] = set()
+_broken: dict[tuple[str, tuple[torch.dtype, ...]], str] = {}  # (rule, dtypes): why
 
 
 def possible(rule: Rule, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> tuple[bool, str]:
-    """Whether this rule can be compiled for a device and dtypes, and with what, or why not."""
-    if rule.name in _broken:
-        return False, "compiling failed, see the log"
-    if device.type == "cpu" and not cpp.possible(dtypes):
-        return False, "the C++ loop takes float32, float64 and bfloat16"
-    return can_compile(device.type)
+    """Whether this rule can be compiled for a device and dtypes, and with what, or why not.
+
+    On a CPU it is compiled to find out, once per process; on a GPU the first step tells.
+    """
+    can, what = can_compile(device.type)
+    if can and device.type == "cpu":
+        if not cpp.possible(dtypes):
+            return False, "the C++ loop takes float32, float64 and bfloat16"
+        if (rule.name, dtypes) not in _broken:
+            try:
+                native.prepare(rule, dtypes)
+            except native.CannotCompile as error:
+                _give_up(rule, dtypes, error)
+    why = _broken.get((rule.name, dtypes))
+    return (can, what) if why is None else (False, f"compiling failed: {why}")
 
 
 def run(rule: Rule, bucket: Bucket) -> None:
     """Carries the update out in place; falls back to foreach, and says so once, where compiling fails."""
-    if rule.name not in _broken:
+    dtypes = bucket.dtypes
+    if (rule.name, dtypes) not in _broken:
         how = native.run if bucket.params[0].device.type == "cpu" else _run_graph
         try:
             left = how(rule, bucket)
         except (native.CannotCompile, torch._dynamo.exc.BackendCompilerFailed) as error:  # nothing was touched
-            _broken.add(rule.name)
-            why = " ".join(str(error).splitlines()[:2])
-            log.warning("compiling %s failed, foreach runs instead: %s", rule.name, why)
+            _give_up(rule, dtypes, error)
         else:
             bucket = bucket.part(left)
     if bucket.params:
         foreach.run(rule, bucket)
+
+
+def _give_up(rule: Rule, dtypes: tuple[torch.dtype, ...], error: Exception) -> None:
+    why = _broken[rule.name, dtypes] = " ".join(str(error).splitlines()[:2]) or type(error).__name__
+    log.warning("compiling %s failed, torch's kernels run instead: %s", rule.name, why)
 
 
 def _graph(rule: Rule, names: tuple[str, ...], l2: bool) -> Callable[..., None]:
@@ -75,7 +88,7 @@ def _compiled(rule: Rule, names: tuple[str, ...], l2: bool, dtypes: tuple[torch.
 def _run_graph(rule: Rule, bucket: Bucket) -> list[int]:
     """The whole list as one graph; leaves nothing."""
     lists = (bucket.params, bucket.grads, *bucket.states)
-    call = _compiled(rule, tuple(bucket.scalars), bucket.l2 is not None, tuple(tensors[0].dtype for tensors in lists))
+    call = _compiled(rule, tuple(bucket.scalars), bucket.l2 is not None, bucket.dtypes)
     shrink = 1.0 if bucket.shrink is None else bucket.shrink
     numbers = torch.tensor([shrink, bucket.l2 or 0.0, *bucket.scalars.values()], dtype=torch.float64)
     call(numbers.to(bucket.params[0].device, non_blocking=True), *lists)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import array
 import ctypes
 import functools
+import inspect
 import itertools
 import subprocess
 import tempfile
@@ -42,7 +43,8 @@ def _library(rule: Rule, names: tuple[str, ...], l2: bool, dtypes: tuple[torch.d
     except cpp.NotInCpp as error:
         raise CannotCompile(f"no C++ for {error}") from error
     except subprocess.CalledProcessError as error:
-        raise CannotCompile((error.stderr.strip() or str(error)).splitlines()[0]) from error
+        silent = f"{error.cmd[0]} ended with code {error.returncode} and said nothing"
+        raise CannotCompile((error.stderr.strip() or silent).splitlines()[0]) from error
     except OSError as error:
         raise CannotCompile(str(error)) from error
     function.restype = None
@@ -66,6 +68,21 @@ def _build(text: str) -> ctypes.CDLL:
             return ctypes.CDLL(str(library))
 
 
+def prepare(rule: Rule, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Compiles the rule as it mostly runs, without L2 decay, so that its first step need not.
+
+    Raises:
+        CannotCompile: there is no library for it here.
+    """
+    _library(rule, _scalars(rule), False, dtypes)
+
+
+@functools.cache
+def _scalars(rule: Rule) -> tuple[str, ...]:
+    """Names of the numbers that the rule's update takes."""
+    return tuple(p.name for p in inspect.signature(rule.update).parameters.values() if p.kind is p.KEYWORD_ONLY)
+
+
 def run(rule: Rule, bucket: Bucket) -> list[int]:
     """Carries the update out in place.
 
@@ -75,8 +92,8 @@ def run(rule: Rule, bucket: Bucket) -> list[int]:
     Raises:
         CannotCompile: before anything was touched.
     """
-    dtypes = tuple(tensors[0].dtype for tensors in (bucket.params, bucket.grads, *bucket.states))
-    update = _library(rule, tuple(bucket.scalars), bucket.l2 is not None, dtypes)
+    names, dtypes = _scalars(rule), bucket.dtypes
+    update = _library(rule, names, bucket.l2 is not None, dtypes)
     left, sizes, at, written = [], [0], [], []
     for i, row in enumerate(zip(bucket.params, bucket.grads, *bucket.states, strict=True)):
         size = row[0].numel()
@@ -88,9 +105,11 @@ def run(rule: Rule, bucket: Bucket) -> list[int]:
             sizes.append(size)
             at += [t.data_ptr() for t in row]
             written += row
+    if not written:
+        return left
     del written[1 :: len(dtypes)]  # gradients are only read
     shrink = 1.0 if bucket.shrink is None else bucket.shrink
-    numbers = [shrink, bucket.l2 or 0.0, *bucket.scalars.values()]
+    numbers = [shrink, bucket.l2 or 0.0, *[bucket.scalars[name] for name in names]]
     # Named, so that their memory lives until the call returns.
     arrays = [array.array("q", itertools.accumulate(sizes)), array.array("Q", at), array.array("d", numbers)]
     update(len(sizes) - 1, *[values.buffer_info()[0] for values in arrays], torch.get_num_threads())

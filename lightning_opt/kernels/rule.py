@@ -68,6 +68,11 @@ class Bucket:
     l2: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Of weight, gradient and each state."""
+        return tuple(tensors[0].dtype for tensors in (self.params, self.grads, *self.states))
+
     def part(self, indices: list[int]) -> Bucket:
         """The same bucket with only the tensors at `indices`."""
         pick = lambda tensors: [tensors[i] for i in indices]  # noqa: E731

@@ -15,7 +15,7 @@ from hydra.types import TaskFunction
 from omegaconf import DictConfig
 
 from lightning_opt.launch.compose import CONF, CONFIG_NAME, Composer
-from lightning_opt.plan import ConfigError
+from lightning_opt.plan import ConfigError, place
 from lightning_opt.run_folder import ExitCode
 
 
@@ -41,7 +41,8 @@ def main(argv: Sequence[str], conf: Path = CONF) -> int:
         ) as composer:
             command = check_command(composer, args.overrides, multirun=args.multirun, values=not args.cfg)
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        if place().first:  # the others found the same
+            print(error, file=sys.stderr)
         return ExitCode.CONFIGURATION
     if args.cfg:
         return _hand_to_hydra([*_flags(args), *command.overrides], conf, _nothing)
@@ -72,6 +73,9 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_intermixed_args(list(argv))
     if args.cfg and args.multirun:
         raise ConfigError("--cfg", args.cfg, "shows one configuration: leave out -m, and say one value for each field")
+    if args.multirun and (starter := place().launcher):
+        why = f"a sweep starts its jobs itself: leave {starter} out, trainer.devices=N gives each N processes"
+        raise ConfigError("-m", starter, why)
     if args.config_path:
         raise ConfigError("--config-path", args.config_path, "is fixed; add a folder of your own by --config-dir")
     return args

@@ -11,7 +11,8 @@ from lightning_opt.plan import ConfigError
 
 _GROUP = "hydra/launcher"
 _OURS = "processes"
-_INSTALL = {"hydra_joblib_launcher": "hydra-joblib-launcher", "hydra_submitit_launcher": "hydra-submitit-launcher"}
+_PACKAGES = ("hydra_joblib_launcher", "hydra_submitit_launcher")
+_INSTALL = "pip install -c constraints.txt -e '.[run,launchers]'"
 
 
 def check_launcher(hydra: DictConfig, config: dict[str, Any]) -> None:
@@ -26,8 +27,8 @@ def check_launcher(hydra: DictConfig, config: dict[str, Any]) -> None:
     """
     name = str(hydra.runtime.choices[_GROUP])
     package = str(hydra.launcher.get("_target_")).split(".")[1]
-    if package in _INSTALL and find_spec(f"hydra_plugins.{package}") is None:
-        raise ConfigError(_GROUP, name, f"needs a package more: pip install {_INSTALL[package]}")
+    if package in _PACKAGES and find_spec(f"hydra_plugins.{package}") is None:
+        raise ConfigError(_GROUP, name, f"needs a package more: {_INSTALL}")
     if name == _OURS:
         return
     if config["on_failure"] != "continue":

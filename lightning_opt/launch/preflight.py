@@ -24,7 +24,6 @@ from lightning_opt.plan.words import one_of
 from lightning_opt.run_folder import config_hash
 
 _OF_THE_COMMAND = ("hydra.", "hydra/", "on_failure", "jobs_per_device", "resume")
-_OURS, _GRIDS = "GridSweeper", ("BasicSweeper", "GridSweeper")
 
 
 @dataclass(frozen=True)
@@ -216,7 +215,10 @@ def _expand(composer: Composer, overrides: list[Override]) -> _Grid:
     lines = [f"{key}={value}" for key, value in dict(params or {}).items()]
     every = composer.parse(lines) + list(overrides)
     kind = str(sweeper.get("_target_")).rpartition(".")[2]
-    if kind not in _GRIDS:
+    if kind == "BasicSweeper":
+        why = "knows no sweep folder and no comparison; grid, the default, makes the same jobs: leave it out"
+        raise ConfigError("hydra/sweeper", "basic", why)
+    if kind != "GridSweeper":
         return _Grid([composer.parse([_first_choice(override) for override in every])], None)
     for override in every:
         if override.is_sweep_override() and not override.is_discrete_sweep():
@@ -226,7 +228,7 @@ def _expand(composer: Composer, overrides: list[Override]) -> _Grid:
             )
     batches = BasicSweeper.split_arguments(every, None)
     swept = list(dict.fromkeys(override.key_or_group for override in every if override.is_sweep_override()))
-    return _Grid([composer.parse(job) for batch in batches for job in batch], swept if kind == _OURS else None)
+    return _Grid([composer.parse(job) for batch in batches for job in batch], swept)
 
 
 def _first_choice(override: Override) -> str:

@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from typing import Any
 
+from lightning_opt.job import leave
 from lightning_opt.run_folder import ExitCode
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -297,7 +298,7 @@ def _work(call: Callable[[], int], environment: dict[str, str], share: int, outp
         _share_threads(share)
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # from now on they can be answered
-        sys.exit(call())
+        leave(call())
     except KeyboardInterrupt:
         sys.exit(ExitCode.INTERRUPTED)
 

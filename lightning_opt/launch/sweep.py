@@ -6,10 +6,11 @@ import functools
 import os
 import shlex
 import signal
-import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from omegaconf import DictConfig
 
 from lightning_opt.job.signals import Terminated, terminable
 from lightning_opt.launch import processes, task
+from lightning_opt.launch.compose import CONF
 from lightning_opt.launch.preflight import Command
 from lightning_opt.launch.resolve import quoted, redact
 from lightning_opt.plan import ConfigError
 from lightning_opt.run_folder import (
+    FINISHED_STATES,
     ExitCode,
     FolderRefused,
     RunFolder,
@@ -36,6 +39,7 @@ from lightning_opt.run_folder import (
     read_status,
     record_end,
 )
+from lightning_opt.run_folder.status import State
 
 # What every run imports, so that the fork server does it once for all. Not lm_eval.evaluator: pyarrow starts a thread.
 PRELOAD = (
@@ -53,6 +57,7 @@ PRELOAD = (
     "lightning_opt.reports.page",
 )
 PRELOAD_TO_SCORE = ("lightning_opt.evaluation.score", "lm_eval.models.huggingface")
+LOOK_S = 5.0  # between two looks at whether a job has ended
 _CODES = {"FINISHED": ExitCode.FINISHED, "DIVERGED": ExitCode.DIVERGED, "PREEMPTED": ExitCode.PREEMPTED}
 
 # Hydra makes the sweeper itself and hands it nothing of ours, so this passes by here.
@@ -73,7 +78,8 @@ def run_sweep(command: Command, words: Sequence[str], hand_over: Callable[[list[
         hand_over: gives overrides to Hydra, which calls the sweeper and the launcher; answers an exit code.
 
     Returns:
-        The exit code: 130 or 143 where it was stopped, else 1 where a job failed, else 3 where one diverged, else 0.
+        The exit code: 130 or 143 where it was stopped, else 1 where a job of this command failed, else 3 where one
+        diverged, else 0.
 
     Raises:
         ConfigError: the named folder cannot be used.
@@ -90,14 +96,21 @@ def run_sweep(command: Command, words: Sequence[str], hand_over: Callable[[list[
     task.begin(None)
     with terminable(), Status(folder.status, hash) as status:
         try:
-            _say_what_comes(folder, jobs)
-            with processes.environment({"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}):  # as this one imports
-                code = hand_over([*command.overrides, f"hydra.sweep.dir={quoted(str(folder.path))}"]) if _left else 0
+            _say_what_comes(folder, jobs, len(asked))
+            code = 0
+            if _left:
+                with processes.environment({"PYTHONPATH": _imports_ours()}), _drawn_as_jobs_end(folder):
+                    code = hand_over([*command.overrides, f"hydra.sweep.dir={quoted(str(folder.path))}"])
         except KeyboardInterrupt:
             code = ExitCode.INTERRUPTED
         except Terminated:
             code = ExitCode.PREEMPTED
-        return _end(folder, status, task.stopped() or code)
+        return _end(folder, status, task.stopped() or code, asked)
+
+
+def _imports_ours() -> str:
+    """PYTHONPATH for an interpreter that starts anew (a fork server, a Slurm job): it lacks only this repository."""
+    return os.pathsep.join(filter(None, [str(CONF.parent), os.environ.get("PYTHONPATH")]))
 
 
 def _claim(command: Command, hashes: Sequence[str]) -> tuple[SweepFolder, str]:
@@ -115,9 +128,11 @@ def _claim(command: Command, hashes: Sequence[str]) -> tuple[SweepFolder, str]:
 def _keep_ledger(folder: SweepFolder, command: Command, words: Sequence[str]) -> list[SweepJob]:
     """Adds the command's jobs to ``sweep.json`` and works out anew in what all of them differ."""
     known = {job.config_hash: job for job in folder.jobs()}
-    asked: dict[str, list[str]] = {}
+    line = shlex.join(["train.py", *redact(words)])
+    asked, names = {}, {}
     for job in command.jobs:
-        asked[config_hash(job.config)] = redact([line.removeprefix("++") for line in job.overrides])
+        of = config_hash(job.config)
+        asked[of], names[of] = redact([text.removeprefix("++") for text in job.overrides]), job.config["name"]
     overrides = {of: job.overrides for of, job in known.items()} | asked
     values = {of: _values(lines) for of, lines in overrides.items()}
     keys = list(dict.fromkeys([*(command.swept or ()), *(key for row in values.values() for key in row)]))
@@ -127,9 +142,9 @@ def _keep_ledger(folder: SweepFolder, command: Command, words: Sequence[str]) ->
     jobs = []
     for of, lines in overrides.items():
         differs = {key: values[of][key] for key in swept if key in values[of]}
-        place = known[of].folder if of in known else RunFolder(folder.path / job_name(differs, of))
-        jobs.append(SweepJob(place, of, lines, differs))
-    folder.write(shlex.join(["train.py", *redact(words)]), swept, jobs)
+        place = known[of].folder if of in known else RunFolder(folder.path / job_name(differs, of, names[of]))
+        jobs.append(SweepJob(place, of, lines, differs, line if of in asked else known[of].command))
+    folder.write(line, swept, jobs)
     return jobs
 
 
@@ -139,11 +154,15 @@ def _values(overrides: Sequence[str]) -> dict[str, Any]:
     return {f"{'~' if one.is_delete() else ''}{one.key_or_group}": one.value() for one in parsed}
 
 
-def _say_what_comes(folder: SweepFolder, jobs: Sequence[SweepJob]) -> None:
+def _say_what_comes(folder: SweepFolder, jobs: Sequence[SweepJob], asked: int) -> None:
     _say(f"sweep {folder.path}: {len(jobs)} job{'s' * (len(jobs) > 1)}, {len(_left)} to run")
     for number, job in enumerate(jobs, 1):
         if job.is_done:
             _say(f"[{number}/{len(jobs)}] {job.label()}: {_result(job.folder)} already")
+    if _left:
+        _say(f"comparison, drawn again as each job ends: {folder.report_html}")
+    else:
+        _say(f"all {asked} jobs are done; resume=never runs them anew")
 
 
 def launch(
@@ -207,7 +226,8 @@ class _Line:
         if self.job is None:
             _say(f"{self._head} ended: {_cause(code)}")
             return code if code >= 0 else int(ExitCode.FAILED)
-        settle(self.job, code)
+        stopped = code in (-signal.SIGTERM, -signal.SIGINT, *task.STOPS)
+        settle(self.job, "PREEMPTED" if stopped else "FAILED", _cause(code))
         status = read_status(self.job.folder.status)
         seconds = f"{time.monotonic() - self._since:.0f} s"
         _say(f"{self._head} {_result(self.job.folder)}, {seconds}")
@@ -218,18 +238,17 @@ class _Line:
         return int(ExitCode.INTERRUPTED) if code == ExitCode.INTERRUPTED else int(_CODES.get(state, ExitCode.FAILED))
 
 
-def settle(job: SweepJob, code: int) -> None:
+def settle(job: SweepJob, state: State, reason: str) -> None:
     """Records the end of a job whose process died without a word.
 
     Args:
         job: the job.
-        code: its process's exit code, negative for a signal.
+        state: how it ended, if its own record does not say so.
+        reason: one line that says why.
     """
     status = read_status(job.folder.status)
-    if status.get("state") not in (None, "RUNNING") or not owner_is_gone(status):
-        return
-    stopped = code in (-signal.SIGTERM, -signal.SIGINT, *task.STOPS)
-    record_end(job.folder, job.config_hash, "PREEMPTED" if stopped else "FAILED", _cause(code))
+    if status.get("state") in (None, "RUNNING") and owner_is_gone(status):
+        record_end(job.folder, job.config_hash, state, reason)
 
 
 def _cause(code: int) -> str:
@@ -248,29 +267,66 @@ def _result(folder: RunFolder) -> str:
     return str(status.get("state")) if loss is None else f"{status['state']}: loss {loss:.4f}"
 
 
-def _end(folder: SweepFolder, status: Status, code: int) -> int:
-    """Settles what is left open, sets the sweep's state, and compares the jobs."""
+def _end(folder: SweepFolder, status: Status, code: int, asked: Sequence[str]) -> int:
+    """Settles what is left open, sets the sweep's state, and compares the jobs.
+
+    Args:
+        folder: the sweep's.
+        status: the sweep's own.
+        code: what the jobs' launch answered.
+        asked: each `config_hash` of this command: those of earlier ones are no matter of its exit code.
+    """
     jobs = folder.jobs()
     for job in jobs:
         if job.state == "RUNNING":
-            settle(job, code)
-    states = [job.state for job in jobs]
-    bad = [job for job in jobs if not job.is_done]
-    status.step = len(jobs) - len(bad)
+            settle(job, "PREEMPTED", "its process is gone")
+    left = [job for job in jobs if not job.is_done]
+    status.step = len(jobs) - len(left)
     if code in task.STOPS:
         status.set("PREEMPTED", f"{'interrupted' if code == ExitCode.INTERRUPTED else 'stopped by SIGTERM'}")
-    elif bad or code not in (ExitCode.FINISHED, ExitCode.DIVERGED):
-        code = ExitCode.FAILED
-        status.set("FAILED", f"{len(bad)} of {len(jobs)} jobs without a result")
     else:
-        code = ExitCode.DIVERGED if "DIVERGED" in states else ExitCode.FINISHED
-        status.set("FINISHED")
+        states = {job.state for job in jobs if job.config_hash in asked}
+        failed = code not in (ExitCode.FINISHED, ExitCode.DIVERGED) or not states <= set(FINISHED_STATES)
+        code = ExitCode.FAILED if failed else ExitCode.DIVERGED if "DIVERGED" in states else ExitCode.FINISHED
+        if left or failed:
+            status.set("FAILED", f"{len(left)} of {len(jobs)} jobs without a result")
+        else:
+            status.set("FINISHED")
     _compare(folder)
-    if bad:
-        _say(f"{len(bad)} of {len(jobs)} jobs have no result; the same command again runs only those:")
-        for job in bad:
+    for command in dict.fromkeys(job.command for job in left):
+        mine = [job for job in left if job.command == command]
+        _say(f"{len(mine)} of {len(jobs)} jobs have no result; the same command again runs only those: {command}")
+        for job in mine:
             _say(f"  {job.label()}: {_result(job.folder) if job.state else 'not started'}")
     return int(code)
+
+
+@contextmanager
+def _drawn_as_jobs_end(folder: SweepFolder) -> Iterator[None]:
+    """Draws the comparison again after a job has ended, under any launcher; in a thread, so that no job waits."""
+    over, drawn = threading.Event(), _ended(folder)
+
+    def look() -> None:
+        nonlocal drawn
+        while not over.wait(LOOK_S):
+            with suppress(Exception):  # the sweep's end says what is wrong with its page
+                if (ended := _ended(folder)) != drawn:
+                    drawn = ended
+                    from lightning_opt import reports
+
+                    reports.write_sweep(folder.path)
+
+    thread = threading.Thread(target=look, name="comparison", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _ended(folder: SweepFolder) -> list[str | None]:
+    return [job.state if job.state != "RUNNING" else None for job in folder.jobs()]
 
 
 def _compare(folder: SweepFolder) -> None:

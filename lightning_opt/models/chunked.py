@@ -31,8 +31,9 @@ def linear_cross_entropy(
 
     The gradient is computed beside the loss, chunk by chunk (as Liger does, arXiv:2410.10989, section 3.2): one matrix
     product fewer than computing the logits again in the backward pass, for memory that the gradient needs anyhow.
-    It cannot be differentiated again. Rounds as `F.linear` does under autocast, with sums in
-    float32 (float64 for float64).
+    It cannot be differentiated again. Rounds as `F.linear` does under autocast, with sums in float32 (float64 for
+    float64). On a CPU a chunk's share of a bfloat16 weight gradient is rounded to bfloat16 before it joins its sum, and
+    float32 logits that fit into one chunk are computed as ever: there is nothing to save.
 
     Args:
         hidden: (N, h), the head's input.
@@ -50,6 +51,9 @@ def linear_cross_entropy(
     if rows is None:
         fitting = max(1, CHUNK_BYTES.get(kind, 2**30) // (4 * weight.shape[0]))
         rows = fitting - fitting % 256 or fitting  # tensor cores want round numbers, and batches are made of them
+    if kind == "cpu" and len(targets) <= rows and lower in (torch.float32, torch.float64):
+        total, nll = logits_cross_entropy(F.linear(hidden, weight, bias), targets, z_loss)
+        return torch.stack([total, nll.detach()])
     wanted = torch.is_grad_enabled()
     return _LinearCrossEntropy.apply(hidden, weight, bias, targets, z_loss, lower, rows, wanted)
 
@@ -176,7 +180,7 @@ def _graph() -> Callable[..., Tensor]:
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """``total += left @ right``, summed in the precision of ``total``."""
+    """``total += left @ right``, summed in the precision of ``total``; on a CPU the product is rounded to its own."""
     if total.dtype == right.dtype:
         total.addmm_(left, right)
     elif not total.is_cuda:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +95,7 @@ def data_config(config: dict[str, Any]) -> dict[str, Any]:
     """The `data` part as a run uses it.
 
     A model that brings its tokenizer is trained with it. A tokenizer that is trained on the spot to a model's
-    vocabulary has no more entries than its few megabytes of text can teach; a size the user gives it stays.
+    vocabulary has no more entries than its few megabytes of text can teach; any other size stays as it is given.
     """
     model, tokenizer = config["model"], config["data"].get("tokenizer") or {}
     size = tokenizer.get("vocab_size")
@@ -199,6 +200,8 @@ def _check_devices(trainer: dict[str, Any]) -> None:
             trainer["devices"],
             f"x num_nodes must be the {here.world_size} that {here.launcher} started",
         )
+    if not here.launcher and (world := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ConfigError("WORLD_SIZE", world, "is set, but not by torchrun or srun: start by one of them, or unset it")
     if trainer["num_nodes"] > 1 and not here.launcher:
         raise ConfigError(
             "trainer.num_nodes",

@@ -23,8 +23,8 @@ def counted(jobs: Sequence[Job]) -> str:
 
 
 def unfinished(jobs: Sequence[Job]) -> list[Job]:
-    """Jobs that can still bring a result without anything being mended."""
-    return [job for job in jobs if job.state not in (*OVER, "FAILED")]
+    """Jobs that the same command would run, failed ones again."""
+    return [job for job in jobs if job.state not in OVER]
 
 
 def in_order(jobs: Sequence[Job]) -> list[Job]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import yaml
 
+from lightning_opt.plan import ConfigError, normalised
 from lightning_opt.reports import quantities as q
 from lightning_opt.reports.findings import optimizer_name, spelled
 from lightning_opt.reports.reading import Run, override_key, read
@@ -22,7 +25,8 @@ from lightning_opt.run_folder import RunFolder, SweepFolder, config_hash, owner_
 log = logging.getLogger("lightning_opt.reports")
 
 _COLUMNS = ("step", "tokens", "time_s", "train/loss", "val/loss")
-_CHANGES_NOTHING = re.compile(r"hydra([./].*)?|name|resume|logger([./].*)?|on_failure|jobs_per_device")
+CHANGES_NOTHING = r"hydra([./].*)?|name|resume|logger([./].*)?|on_failure|jobs_per_device"
+"""Keys of overrides that make no other run: where it lies, who is told of it, and how a sweep goes about its jobs."""
 
 
 @dataclass(frozen=True)
@@ -58,22 +62,30 @@ class Job:
         return q.finite(self.run.summary.get("val_loss")) if self.state == "FINISHED" else None
 
     @property
+    def known(self) -> Mapping[str, Any]:
+        """What differs, without what nobody asked of a job that wrote no configuration."""
+        return self.differs if self.run.config else {k: v for k, v in self.differs.items() if v is not None}
+
+    @property
     def setting(self) -> str:
         """What sets it apart beside the optimizer and the seed: ``lr_scale=2, weight_decay=0.1``."""
         names = short_names(self.differs)
-        rest = [key for key in self.differs if key not in ("optimizer", "seed")]
-        return ", ".join(f"{names[key]}={shown(self.differs[key])}" for key in rest)
+        rest = [key for key in self.known if key not in ("optimizer", "seed")]
+        return ", ".join(f"{names[key]}={shown(self.known[key])}" for key in rest)
 
     @property
     def label(self) -> str:
         """The setting with the seed, where seeds differ."""
-        return ", ".join(filter(None, (self.setting, f"seed={self.differs['seed']}" if "seed" in self.differs else "")))
+        return ", ".join(filter(None, (self.setting, f"seed={self.known['seed']}" if "seed" in self.known else "")))
 
-    @property
+    @cached_property
     def identity(self) -> str:
         """Equal for jobs that differ by nothing but their seed."""
-        if self.run.config:
-            return config_hash({**self.run.config, "seed": None})
+        config = self.run.config
+        if config:
+            with contextlib.suppress(ConfigError):  # a file that somebody broke is compared as it stands
+                config = normalised(config)  # config.yaml says what was asked: 1 and 1.0
+            return config_hash({**config, "seed": None})
         return "\n".join(sorted(text for text in self.overrides if override_key(text) != "seed"))
 
 
@@ -87,6 +99,7 @@ class Comparison:
         keys: overrides that are not the same in all jobs.
         command: the sweep's own command line; empty where runs were put together by hand.
         trouble: what could not be read, in words.
+        sources: the folders that were put together by hand, as they were given; empty for a sweep.
     """
 
     folder: Path
@@ -94,6 +107,7 @@ class Comparison:
     keys: tuple[str, ...] = ()
     command: str = ""
     trouble: str = ""
+    sources: tuple[Path, ...] = ()
 
 
 def of_sweep(folder: Path) -> Comparison:
@@ -128,7 +142,8 @@ def of_runs(runs: Sequence[Path], out: Path) -> Comparison:
     for path in runs:
         jobs.extend(of_sweep(path).jobs if is_sweep(path) else [_job(Path(path), None, must=True)])
     unique = {job.folder.resolve(): job for job in jobs}
-    return _told_apart(out, list(unique.values()))
+    given = tuple(dict.fromkeys(path for path in map(Path, runs) if is_sweep(path) or is_run(path)))
+    return replace(_told_apart(out, list(unique.values())), sources=given)
 
 
 def is_sweep(path: Path) -> bool:
@@ -205,7 +220,7 @@ def _told_apart(folder: Path, jobs: list[Job], command: str = "", trouble: str =
 def _asked(overrides: Iterable[str]) -> dict[str, Any]:
     found = {}
     for text in overrides:
-        if not _CHANGES_NOTHING.fullmatch(key := override_key(text)):
+        if not re.fullmatch(CHANGES_NOTHING, key := override_key(text)):
             _, sign, value = text.partition("=")
             found[key] = _value(value) if sign else "left out"
     return found

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import fmean, stdev
+from statistics import fmean, stdev, variance
 from typing import Any
 
 from lightning_opt.reports import quantities as q
@@ -32,8 +32,13 @@ class Cell:
 
     @property
     def losses(self) -> list[float]:
-        """Final validation losses, nats per token."""
-        return [job.loss for job in self.jobs if job.loss is not None]
+        """Final validation losses, nats per token, one for each seed: the same run twice tells nothing of the spread."""
+        by_seed = {
+            job.run.config.get("seed", f"job {index}"): job.loss
+            for index, job in enumerate(self.jobs)
+            if job.loss is not None
+        }
+        return list(by_seed.values())
 
     @property
     def n(self) -> int:
@@ -88,6 +93,33 @@ class Standing:
         """The setting with the lowest mean final loss."""
         return self.cells[0] if self.cells[0].n else None
 
+    @property
+    def edge(self) -> Edge | None:
+        """Where its best learning rate lies among those that were tried."""
+        return edge([(cell.rate, cell) for cell in self.cells if cell.rate is not None])
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How far seeds alone set runs of one setting apart.
+
+    Attributes:
+        variance: of the final loss between seeds.
+        freedom: its degrees of freedom.
+    """
+
+    variance: float
+    freedom: int
+
+
+def pooled(cells: Iterable[Cell]) -> Noise | None:
+    """The variance within all settings together, as in a one-way analysis of variance; None without repeated seeds."""
+    repeated = [cell for cell in cells if cell.n > 1]
+    freedom = sum(cell.n - 1 for cell in repeated)
+    if not freedom:
+        return None
+    return Noise(sum((cell.n - 1) * variance(cell.losses) for cell in repeated) / freedom, freedom)
+
 
 @dataclass(frozen=True)
 class Group:
@@ -115,6 +147,11 @@ class Group:
         ]
         return tuple(sorted(found, key=lambda standing: standing.cells[0].mean))
 
+    @cached_property
+    def noise(self) -> Noise | None:
+        """What its repeated settings say of the spread between seeds, which is taken to be the same everywhere."""
+        return pooled(cell for standing in self.standings for cell in standing.cells)
+
 
 @dataclass(frozen=True)
 class Gap:
@@ -122,7 +159,7 @@ class Gap:
 
     Attributes:
         value: how far the second is above the first, nats per token.
-        t: the difference in its standard errors; None where no seed was repeated.
+        t: the difference in its standard errors; None where no seed of any setting was repeated.
         limit: what ``t`` must exceed to be beyond noise: Student's t, two-sided, 5 %.
     """
 
@@ -138,19 +175,20 @@ class Gap:
         return "beyond" if abs(self.t) > self.limit else "inside"
 
 
-def gap(first: Cell, second: Cell) -> Gap:
-    """Compares two settings by Student's two-sample t test, which takes their spreads as equal.
+def gap(first: Cell, second: Cell, noise: Noise | None) -> Gap:
+    """Compares two settings by Student's t test with the spread of the whole group.
 
-    Where only one of them was repeated, its spread stands for both.
+    Args:
+        first: a setting with finished runs.
+        second: another.
+        noise: the spread between seeds; None where it is not known.
     """
     value = second.mean - first.mean
-    freedom = first.n + second.n - 2
-    if freedom < 1:
+    if noise is None:
         return Gap(value, None, None)
-    squares = sum((loss - cell.mean) ** 2 for cell in (first, second) for loss in cell.losses)
-    error = math.sqrt(squares / freedom * (1 / first.n + 1 / second.n))
+    error = math.sqrt(noise.variance * (1 / first.n + 1 / second.n))
     t = value / error if error else math.copysign(math.inf, value) if value else 0.0
-    return Gap(value, t, t_limit(freedom))
+    return Gap(value, t, t_limit(noise.freedom))
 
 
 _FEW = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764}
@@ -202,6 +240,8 @@ def _trained(run: Run) -> Any:
 
 _FACTS: tuple[tuple[str, Callable[[Run], Any]], ...] = (
     ("model", lambda run: run.plan.get("model")),
+    ("parameters", lambda run: run.plan.get("params_total")),
+    ("precision", lambda run: run.plan.get("precision")),
     ("data fingerprint", lambda run: run.plan.get("data_fingerprint") or run.env.get("data_fingerprint")),
     ("tokens trained on", _trained),
     ("schedule end (tokens)", lambda run: run.plan.get("tokens")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Sequence
 
@@ -9,13 +10,12 @@ from lightning_opt.reports import quantities as q
 from lightning_opt.reports import targets
 from lightning_opt.reports.commands import command, shown_path, without
 from lightning_opt.reports.job_states import unfinished
-from lightning_opt.reports.jobs import Comparison, Job
-from lightning_opt.reports.ranking import Cell, Edge, Group, Standing, baseline, edge
+from lightning_opt.reports.jobs import CHANGES_NOTHING, Comparison, Job
+from lightning_opt.reports.ranking import Cell, Edge, Group, Standing, baseline
 from lightning_opt.reports.scores import suite
 from lightning_opt.reports.settings import seed
 from lightning_opt.reports.verdicts import loss_of
 
-_PLACES = r"hydra\..*|name|resume|on_failure|jobs_per_device"
 _LENGTHS = r"trainer\.max_(steps|tokens|epochs)"
 _RATES = ("optimizer.lr_scale", "optimizer.lr")
 
@@ -24,14 +24,20 @@ def again(job: Job) -> str:
     """The command that trains this job alone; empty where it is not known what was asked of it."""
     if not job.overrides and job.run.lacks("overrides.txt"):
         return ""
-    return command(["python", "train.py", *without(job.overrides, _PLACES)])
+    return command(["python", "train.py", *_kept(job)])
+
+
+def _kept(job: Job, *keys: str) -> list[str]:
+    """The overrides that decide what the job is, without those of the keys (patterns)."""
+    return without(job.overrides, "|".join((CHANGES_NOTHING, *keys)))
 
 
 def sweep_commands(comparison: Comparison, found: Sequence[Group]) -> tuple[tuple[str, str], ...]:
     """Pairs of what it does and the command."""
     pairs = []
     if comparison.command and unfinished(comparison.jobs):
-        pairs.append(("Go on with this sweep: what is done stays, the rest runs", f"python {comparison.command}"))
+        words = "Go on with this sweep: what is done stays, the rest runs, what failed again"
+        pairs.append((words, f"python {comparison.command}"))
     for group in found:
         where = f" (group {group.name})" if group.name else ""
         ranked = [one for one in group.standings if one.best]
@@ -56,25 +62,27 @@ def _best_words(one: Standing, place: int) -> str:
     return f"{which}: {one.optimizer}{setting}, final loss {loss_of(cell)} (n = {cell.n})"
 
 
-def _more(comparison: Comparison, overrides: Sequence[str]) -> str:
-    """A sweep whose jobs join the comparison where that is a sweep's own folder."""
+def _more(comparison: Comparison, words: str, overrides: Sequence[str]) -> tuple[str, str]:
+    """A sweep, whose jobs join the comparison where that is a sweep's own folder."""
     place = [f"hydra.sweep.dir={shown_path(comparison.folder)}"] if comparison.command else []
-    return command(["python", "train.py", "-m", *overrides, *place])
+    apart = "" if place else " (a new sweep: compare again with its folder added)"
+    return words + apart, command(["python", "train.py", "-m", *overrides, *place])
 
 
 def _widened(comparison: Comparison, one: Standing) -> list[tuple[str, str]]:
     """More rates beyond the edge at which the best one lies, in the grid's own spacing."""
-    where = edge([(cell.rate, cell) for cell in one.cells if cell.rate is not None])
-    job = one.cells[0].best
+    where, job = one.edge, one.cells[0].best
     keys = [key for key in _RATES if key in job.differs] or ["optimizer.lr_scale"]
     if where is None or not where.side or len(keys) != 1 or not again(job) or unfinished(one.jobs):
         return []
     value = q.finite(job.differs.get(keys[0], job.run.asked(keys[0]))) or 1.0
     values = {q.finite(cell.best.differs.get(keys[0])) for cell in one.cells if cell.n or cell.diverged}
     beyond = _beyond(where, value, sorted(v for v in values if v))
-    kept = without(job.overrides, f"{_PLACES}|{keys[0].replace('.', '[.]')}")
+    seeds = list(dict.fromkeys(filter(None, (seed(each.run) for each in one.cells[0].jobs))))
+    repeated = [f"seed={','.join(seeds)}"] if len(seeds) > 1 else []
+    kept = _kept(job, re.escape(keys[0]), *(["seed"] if repeated else []))
     words = f"Widen {one.optimizer}'s grid" if where.side != "only" else f"Tune {one.optimizer}'s rate"
-    return [(words, _more(comparison, [*kept, f"{keys[0]}={','.join(beyond)}"]))]
+    return [_more(comparison, words, [*kept, *repeated, f"{keys[0]}={','.join(beyond)}"])]
 
 
 def _beyond(where: Edge, value: float, values: Sequence[float]) -> list[str]:
@@ -91,8 +99,8 @@ def _repeated(comparison: Comparison, one: Standing) -> list[tuple[str, str]]:
     if cell.n > 1 or first is None or not first.isdigit() or not again(cell.best):
         return []
     more = f"seed={int(first) + 1},{int(first) + 2}"
-    kept = without(cell.best.overrides, f"{_PLACES}|seed")
-    return [(f"Learn {one.optimizer}'s spread: its best setting with two more seeds", _more(comparison, [*kept, more]))]
+    words = f"Learn {one.optimizer}'s spread: its best setting with two more seeds"
+    return [_more(comparison, words, [*_kept(cell.best, "seed"), more])]
 
 
 def _proof(group: Group, ranked: Sequence[Standing]) -> list[tuple[str, str]]:
@@ -104,14 +112,11 @@ def _proof(group: Group, ranked: Sequence[Standing]) -> list[tuple[str, str]]:
     needed = targets.crossing(job.run, base.best.mean)
     if needed is None or needed.at_most or not again(job) or job.run.asked("scale.chinchilla") is not None:
         return []
-    kept = without(job.overrides, f"{_PLACES}|{_LENGTHS}")
     words = f"Prove the speed-up: does {ranked[0].optimizer} reach {base.optimizer}'s loss when its schedule ends here?"
-    return [(words, command(["python", "train.py", *kept, f"trainer.max_steps={round(needed.steps)}"]))]
+    return [(words, command(["python", "train.py", *_kept(job, _LENGTHS), f"trainer.max_steps={round(needed.steps)}"]))]
 
 
 def _draw(comparison: Comparison) -> str:
-    here = shlex.quote(shown_path(comparison.folder))
-    if comparison.command:
-        return f"python -m recipes.report {here}"
-    runs = " ".join(shlex.quote(shown_path(job.folder)) for job in comparison.jobs)
-    return f"python -m recipes.report --compare {here} {runs}"
+    here = shown_path(comparison.folder)
+    given = [shown_path(path) for path in comparison.sources]
+    return command(["python", "-m", "recipes.report", *(["--compare", here, *given] if given else [here])])

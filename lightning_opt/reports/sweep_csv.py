@@ -56,7 +56,7 @@ def as_csv(comparison: Comparison, groups: Sequence[Group]) -> str:
             job.optimizer,
             seed(job.run),
         ]
-        row += [rate_after_scale(job.run), *(shown(job.differs.get(key)) for key in keys)]
+        row += [rate_after_scale(job.run), *(shown(job.known[key]) if key in job.known else None for key in keys)]
         row += [job.loss, *(_plain(job, key) for key in ("val_loss", *_SUMMARY))]
         row += [*_csv_scores(job, tasks), *_csv_target(job, group)]
         row += [job.run.status.get("config_hash"), link(job, comparison.folder)]

@@ -24,6 +24,7 @@ Colours = Mapping[str, tuple[str, bool]]
 """Optimizer to its colour name and whether it is drawn dashed."""
 
 _DASHES = (0, (4, 2.5))
+_FEW_POINTS = 10
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,17 @@ def _mark(colours: Colours, optimizer: str) -> str:
 
 
 def _cut(axes: Axes, lines: Sequence[Line]) -> float:
-    """Shows where the runs differ: from the lowest loss to where the best were after a fifth of their way."""
+    """Shows where the runs differ: from the lowest loss to where the best were after a fifth of their way.
+
+    A curve of a few points is shown whole.
+    """
     low = min(min(line.series[1]) for line in lines)
     leading = [line for line in lines if line.front] or list(lines)
     early = []
     for line in leading:
         xs, ys = line.series
-        early.append(next((y for x, y in zip(xs, ys, strict=True) if x >= 0.2 * xs[-1]), ys[0]))
+        after = next((y for x, y in zip(xs, ys, strict=True) if x >= 0.2 * xs[-1]), ys[0])
+        early.append(after if len(xs) >= _FEW_POINTS else max(ys))
     top = max(early)
     room = 0.05 * (top - low) or 0.05
     axes.set_ylim(low - room, top + room)
@@ -166,13 +171,17 @@ def _branch(axes: Axes, points: Sequence[tuple[float, Cell]], colour: tuple[str,
 
 
 def _loss_axis(axes: Axes, cells: Sequence[Cell]) -> None:
-    """From the best up to what can be seen of the rest: one run gone wrong must not flatten the others."""
     means = sorted(cell.mean for cell in cells)
-    low, spread = means[0], means[(len(means) - 1) // 2] - means[0]
-    top = min(means[-1], low + max(6 * spread, 0.1))
-    room = 0.12 * (top - low) or 0.05
+    top = _highest_shown(means)
+    room = 0.12 * (top - means[0]) or 0.05
     lowest = min(min(cell.losses) for cell in cells)
-    axes.set_ylim(min(low, lowest) - room, top + room)
+    axes.set_ylim(min(means[0], lowest) - room, top + room)
+
+
+def _highest_shown(means: Sequence[float]) -> float:
+    """One run gone wrong must not flatten the others; three quarters of them are always shown. ``means`` ascend."""
+    spread = means[math.ceil(0.75 * (len(means) - 1))] - means[0]
+    return min(means[-1], means[0] + max(3 * spread, 0.5))
 
 
 def _x_axis(page: Sheet, what: Response) -> None:
@@ -225,8 +234,7 @@ def all_losses(key: str, standings: Sequence[Standing], colours: Colours) -> Fig
     """The final loss of every setting, a row of dots for each optimizer: how much tuning mattered."""
     shown = [standing for standing in standings if standing.best]
     means = sorted(cell.mean for standing in shown for cell in standing.cells if cell.n)
-    middle = means[(len(means) - 1) // 2]
-    right = min(means[-1], means[0] + max(6 * (middle - means[0]), 0.1))
+    right = _highest_shown(means)
     room = 0.06 * (right - means[0]) or 0.05
     beyond = 0
     with sheet(key, left=_room(shown), right=24) as page:

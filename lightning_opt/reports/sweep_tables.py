@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from lightning_opt.reports.ranking import Cell, Group, Standing, baseline, gap
 from lightning_opt.reports.scores import TITLES, Score, comparability, scores
 from lightning_opt.reports.sweep_figures import Colours, Response, edge_words
 from lightning_opt.reports.tables import Table
-from lightning_opt.reports.verdicts import loss_of, times
+from lightning_opt.reports.verdicts import doubts, loss_of, times
 from lightning_opt.run_folder import short_names
 
 _ABSENT = "–"
@@ -44,7 +44,7 @@ def standing(group: Group, page: Path, colours: Colours) -> Table:
             nothing = (_ABSENT, _ABSENT, "0", _ABSENT, _ABSENT, tried, _ABSENT, _ABSENT)
             body.append((one.optimizer, *nothing, counted(one.jobs)))
             continue
-        apart = gap(first, one.best)
+        apart = gap(first, one.best, group.noise)
         behind = (_ABSENT, _ABSENT) if one.best is first else (_behind(apart.value), _JUDGED[apart.judgement])
         summary = one.best.best.run.summary
         body.append(
@@ -56,7 +56,7 @@ def standing(group: Group, page: Path, colours: Colours) -> Table:
                 *behind,
                 tried,
                 _measured(summary, "tokens_per_s_per_device", q.short),
-                _optimizer_step(summary),
+                _joined(summary, ("optimizer_share", q.percent), ("optimizer_ms", q.milliseconds)),
                 counted(one.jobs),
             )
         )
@@ -85,8 +85,8 @@ def every_job(jobs: Sequence[Job], keys: Sequence[str], page: Path, colours: Col
     settings = ["setting", *(key for key in columns if key == "seed")] if crowded else columns
     tasks, suffix, note = _tasks(ordered)
     header = ("optimizer", *(names.get(key, key) for key in settings), "final loss", "state")
-    header += (*(f"{TITLES.get(task, task)}{suffix}" for task in tasks), "tokens/s", "optimizer step")
-    header += ("peak memory", "optimizer state")
+    header += (*(f"{TITLES.get(task, task)}{suffix}" for task in tasks), "tokens/s", "optimizer share")
+    header += ("memory · state",)
     body = []
     for job in ordered:
         summary = job.run.summary
@@ -94,20 +94,19 @@ def every_job(jobs: Sequence[Job], keys: Sequence[str], page: Path, colours: Col
         body.append(
             (
                 job.optimizer,
-                *(job.setting if key == "setting" else shown(job.differs.get(key)) for key in settings),
+                *(job.setting if key == "setting" else _asked(job, key) for key in settings),
                 _ABSENT if job.loss is None else q.number(job.loss),
                 ending(job),
                 *(_score(entries.get(task), bool(suffix)) for task in tasks),
                 _measured(summary, "tokens_per_s_per_device", q.short),
-                _optimizer_step(summary),
-                _measured(summary, "peak_memory_bytes", q.size),
-                _measured(summary, "optimizer_state_bytes", q.size),
+                _measured(summary, "optimizer_share", q.percent),
+                _joined(summary, ("peak_memory_bytes", q.size), ("optimizer_state_bytes", q.size)),
             )
         )
     first = [index for index, job in enumerate(ordered) if job.loss is not None][:1]
     note = (
         "Final loss: validation loss at the schedule's end, nats per token; only finished runs have one. Optimizer "
-        f"step: its share of the training step, and its time. {note}"
+        f"share: of the training step. Memory: its peak, and the optimizer's state. {note}"
     )
     state = header.index("state")
     numeric = frozenset(range(1, len(header))) - {state} - ({1} if crowded else frozenset())
@@ -150,12 +149,16 @@ def remarks(jobs: Sequence[Job], colours: Colours) -> Table:
     return Table("remarks", "Not finished", ("optimizer", "setting", "state", "why"), body, frozenset(), swatches)
 
 
-def _optimizer_step(summary: dict[str, Any]) -> str:
-    parts = [_measured(summary, "optimizer_share", q.percent), _measured(summary, "optimizer_ms", q.milliseconds)]
+def _asked(job: Job, key: str) -> str:
+    return shown(job.known[key]) if key in job.known else _ABSENT
+
+
+def _joined(summary: dict[str, Any], *shown_as: tuple[str, Callable[[Any], str]]) -> str:
+    parts = [_measured(summary, key, show) for key, show in shown_as]
     return " · ".join(part for part in parts if part != _ABSENT) or _ABSENT
 
 
-def _measured(summary: dict[str, Any], key: str, show: Any) -> str:
+def _measured(summary: dict[str, Any], key: str, show: Callable[[Any], str]) -> str:
     return _ABSENT if q.finite(summary.get(key)) is None else show(summary[key])
 
 
@@ -204,7 +207,9 @@ def to_baseline(group: Group, colours: Colours) -> Table | None:
         "baseline: its row is its whole run). Straight lines between validation points; time is wall-clock with "
         "validations. A run that crosses early does so before its own rate has come down, while the baseline's loss "
         "is the end of a finished schedule: the ratio is a hint, and can flatter either side. Proof is a run whose "
-        "schedule ends at those steps."
+        "schedule ends at those steps. "
+        + "".join(f"Mind that {doubt}. " for doubt in doubts(group))
+        + "sweep.csv has steps, tokens and seconds of every job."
     )
     swatches = tuple(colours[one.optimizer][0] for one in ranked)
     return Table("target", "", header, tuple(body), frozenset(range(2, 8)), swatches, note)
@@ -232,7 +237,7 @@ def _ratio(needed: targets.Crossing, spent: targets.Crossing | None, unit: str) 
     mine, theirs = getattr(needed, unit), getattr(spent, unit, None)
     if not mine or not theirs:
         return q.NOT_MEASURED
-    return ("≥ " if needed.at_most else "") + times(theirs / mine)
+    return times(theirs / mine, needed.at_most)
 
 
 def grid(what: Response, colours: Colours) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -11,7 +12,7 @@ from lightning_opt.reports import targets
 from lightning_opt.reports.findings import Card
 from lightning_opt.reports.job_states import OVER, counted, unfinished
 from lightning_opt.reports.jobs import Comparison, Job, shown
-from lightning_opt.reports.ranking import Cell, Gap, Group, Standing, baseline, edge, gap
+from lightning_opt.reports.ranking import Cell, Gap, Group, Standing, baseline, gap
 from lightning_opt.reports.scores import listed, scores
 
 
@@ -32,14 +33,15 @@ def verdict(group: Group) -> str:
     if len(ranked) == 1:
         return _alone(ranked[0], group)
     first, *others = ranked
-    best = _best(first)
-    gaps = {other.optimizer: gap(best, _best(other)) for other in others}
-    inside, behind, unknown = (
+    gaps = {other.optimizer: gap(_best(first), _best(other), group.noise) for other in others}
+    inside, behind = (
         [other for other in others if gaps[other.optimizer].judgement == judgement]
-        for judgement in ("inside", "beyond", "unknown")
+        for judgement in ("inside", "beyond")
     )
     sentences = []
-    if inside:
+    if group.noise is None:
+        sentences += [_level_or_lower(first, others[0], gaps, len(ranked)), _UNTESTED]
+    elif inside:
         names = listed([first.optimizer, *(other.optimizer for other in inside)])
         sentences.append(
             f"{names} cannot be told apart: {_figure(first)} against {listed([_figure(other) for other in inside])}, "
@@ -47,11 +49,8 @@ def verdict(group: Group) -> str:
         )
         if behind:
             sentences.append(f"Beyond noise behind {first.optimizer}: {listed([_figure(other) for other in behind])}.")
-    elif behind and not unknown:
-        sentences.append(_won(first, behind, gaps))
     else:
-        sentences.append(_level_or_lower(first, others[0], len(ranked)))
-        sentences.append(_untested(first, others, gaps))
+        sentences.append(_ahead(first, behind, gaps))
     return " ".join([*sentences, *_asides(first, others[0])])
 
 
@@ -60,20 +59,39 @@ def titled(group: Group, words: str) -> str:
     return f"Group {group.name}: {words}" if group.name else words
 
 
-def _won(first: Standing, behind: Sequence[Standing], gaps: dict[str, Gap]) -> str:
+_UNTESTED = (
+    "One run of each setting (n = 1): the spread between seeds is unknown, so this order is what was measured once, "
+    "not what is shown to hold."
+)
+
+
+def _ahead(first: Standing, behind: Sequence[Standing], gaps: dict[str, Gap]) -> str:
     second = behind[0]
     test = gaps[second.optimizer]
-    words = (
-        f"{first.optimizer} won with {_bare(first)}, {_apart(test, _best(second))} below {_figure(second)}; "
-        f"beyond the noise between seeds ({_tests([test])})."
-    )
+    how = "won with" if _repeated(_best(first), _best(second)) else "ended lowest at"
+    below = f"{_apart(test, _best(second))} below {_figure(second)}"
+    words = f"{first.optimizer} {how} {_bare(first)}, {below}; {_beyond(test, _best(first), _best(second))}."
     if len(behind) > 1:
         words += f" The rest are further behind: {listed([_figure(other) for other in behind[1:]])}."
     return words
 
 
-def _level_or_lower(first: Standing, second: Standing, optimizers: int) -> str:
-    test = gap(_best(first), _best(second))
+def _repeated(*cells: Cell) -> bool:
+    return all(cell.n > 1 for cell in cells)
+
+
+def _beyond(test: Gap, *cells: Cell) -> str:
+    """What a difference beyond noise is worth: a win needs seeds of its own on both sides."""
+    if _repeated(*cells):
+        return f"beyond the noise between seeds ({_tests([test])})"
+    return (
+        f"more than the noise among the repeated settings explains ({_tests([test])}), "
+        "though not every setting named here was repeated itself"
+    )
+
+
+def _level_or_lower(first: Standing, second: Standing, gaps: dict[str, Gap], optimizers: int) -> str:
+    test = gaps[second.optimizer]
     among = "" if optimizers == 2 else f" of {optimizers} optimizers"
     if not test.value:
         return f"{first.optimizer} and {second.optimizer} ended level at {loss_of(_best(first))} nats per token."
@@ -81,18 +99,6 @@ def _level_or_lower(first: Standing, second: Standing, optimizers: int) -> str:
         f"{first.optimizer} ended lowest{among} at {_bare(first)}, {_apart(test, _best(second))} below "
         f"{_figure(second)}."
     )
-
-
-def _untested(first: Standing, others: Sequence[Standing], gaps: dict[str, Gap]) -> str:
-    """What is not shown where some settings were run with one seed only."""
-    unknown = [other for other in others if gaps[other.optimizer].judgement == "unknown"]
-    if len(unknown) == len(others):
-        return (
-            "One run of each setting (n = 1): the spread between seeds is unknown, so this order is what was "
-            "measured once, not what is shown to hold."
-        )
-    names = listed([other.optimizer for other in unknown])
-    return f"Whether {names} differ from {first.optimizer} cannot be told: no seed of either was repeated."
 
 
 def _alone(standing: Standing, group: Group) -> str:
@@ -107,11 +113,11 @@ def _alone(standing: Standing, group: Group) -> str:
     words += f" ({_runs(cells[0])})"
     if len(cells) < 2:
         return f"{words}. There is nothing to rank it against."
-    test = gap(cells[0], cells[1])
+    test = gap(cells[0], cells[1], group.noise)
     second = f"{loss_of(cells[1])} with {_setting(cells[1]) or 'its defaults'}"
     against = f"{q.number(test.value, 2)} below the next, {second}"
     told = {
-        "beyond": f"; beyond the noise between seeds ({_tests([test])}).",
+        "beyond": f"; {_beyond(test, *cells[:2])}.",
         "inside": f"; inside the noise between seeds ({_tests([test])}), so neither is shown to be better.",
         "unknown": ". One run of each (n = 1): the spread between seeds is unknown.",
     }
@@ -121,15 +127,18 @@ def _alone(standing: Standing, group: Group) -> str:
 def _asides(first: Standing, second: Standing) -> list[str]:
     """Says where the two best runs differ by more than what belongs to their optimizers."""
     one, other = _best(first).best, _best(second).best
-    keys = [key for key in one.differs if not key.startswith("optimizer") and key != "seed"]
     apart = [
         f"{key} ({shown(one.differs[key])} and {shown(other.differs[key])})"
-        for key in keys
+        for key in _not_the_optimizers(one)
         if one.differs[key] != other.differs[key]
     ]
     if not apart:
         return []
     return [f"The two also differ in {listed(apart)}, so the difference is not the optimizer's alone."]
+
+
+def _not_the_optimizers(job: Job) -> list[str]:
+    return [key for key in job.differs if not re.match(r"(optimizer|seed)\b", key)]
 
 
 def _best(standing: Standing) -> Cell:
@@ -180,9 +189,8 @@ def alarm(comparison: Comparison, found: Sequence[Group]) -> str:
     left = unfinished(comparison.jobs)
     if left:
         said.append(f"{len(left)} of {_jobs(len(comparison.jobs))} can still change what follows: {counted(left)}.")
-    failed = [job for job in comparison.jobs if job.state == "FAILED"]
-    if failed:
-        said.append(f"{_jobs(len(failed))} failed and {'is' if len(failed) == 1 else 'are'} missing from the ranking.")
+    if any(job.state == "FAILED" for job in left):
+        said.append("What failed is missing from the ranking; the same command runs it again.")
     return " ".join(said)
 
 
@@ -209,7 +217,7 @@ def cards(comparison: Comparison, found: Sequence[Group]) -> tuple[Card, ...]:
     where = " · ".join(filter(None, (ranked[0].optimizer, _setting(best), _runs(best))))
     taken = [Card("lowest final loss", loss_of(best), where)]
     if len(ranked) > 1:
-        test = gap(best, _best(ranked[1]))
+        test = gap(best, _best(ranked[1]), found[0].noise)
         told = {"beyond": "beyond noise", "inside": "inside noise", "unknown": "n = 1: spread unknown"}
         detail = f"nats · {ranked[1].optimizer} {loss_of(_best(ranked[1]))} · {told[test.judgement]}"
         taken.append(Card("ahead of the next", q.number(test.value, 2) if test.value else "0", detail))
@@ -220,9 +228,22 @@ def cards(comparison: Comparison, found: Sequence[Group]) -> tuple[Card, ...]:
     return (*taken, Card("tokens/s per device", q.short(speed), detail), tokens, budget)
 
 
+def doubts(group: Group) -> list[str]:
+    """What keeps the first optimizer's speed-up over the baseline from being worth a headline."""
+    base, first = baseline(group), group.standings[0]
+    if base is None or base is first or base.best is None or first.best is None:
+        return []
+    said = []
+    if gap(first.best, base.best, group.noise).judgement != "beyond":
+        said.append(f"{first.optimizer}'s lead over {base.optimizer} is not shown to be beyond noise")
+    if base.edge is None or base.edge.side:
+        said.append(f"{base.optimizer} is not tuned: its best rate is the only one tried or at the edge of its grid")
+    return said
+
+
 def _speed_up(group: Group) -> list[Card]:
     base, first = baseline(group), group.standings[0]
-    if base is None or first.best is None or base.optimizer == first.optimizer or base.best is None:
+    if base is None or base is first or base.best is None or first.best is None or doubts(group):
         return []
     needed = targets.of_cell(first.best, base.best.mean)[0]
     spent = targets.of_end(base.best)
@@ -230,22 +251,26 @@ def _speed_up(group: Group) -> list[Card]:
         return []
     most = "at most " if needed.at_most else ""
     detail = f"{first.optimizer} came to {base.optimizer}'s final loss in {most}{q.short(needed.tokens)} tokens: a hint"
-    return [Card("speed-up in tokens", times(spent.tokens / needed.tokens), detail)]
+    return [Card("speed-up in tokens", times(spent.tokens / needed.tokens, needed.at_most), detail)]
 
 
-def times(ratio: float) -> str:
+def times(ratio: float, at_least: bool = False) -> str:
     """A ratio as people say it: 1.43×."""
-    return f"{q.number(ratio, 3)}×"
+    return f"{'≥ ' if at_least else ''}{q.number(ratio, 3)}×"
 
 
 def notes(comparison: Comparison, found: Sequence[Group]) -> tuple[str, ...]:
     """What the comparison shows, and what it does not."""
     said = []
     for group in found:
-        said += [titled(group, words) for words in (*_budget(group), *_edges(group), *_told_by_scores(group))]
-    several = any(cell.n > 1 for group in found for one in group.standings for cell in one.cells)
-    if several:
-        said.append("± is the standard deviation between seeds; each pair is tested on its own, by Student's t.")
+        told = (*_mixed(group), *_budget(group), *_edges(group), *_told_by_scores(group))
+        said += [titled(group, words) for words in told]
+    if any(group.noise for group in found):
+        said.append(
+            "± is the standard deviation between seeds. Each pair is tested on its own by Student's t, with one spread "
+            "pooled over all repeated settings, which are taken to spread alike; that the best of several settings "
+            "was picked is not corrected for."
+        )
     elif any(one.best for group in found for one in group.standings):
         said.append(
             "Every setting was run once (n = 1). Before believing a small difference, repeat the best of each with "
@@ -253,6 +278,17 @@ def notes(comparison: Comparison, found: Sequence[Group]) -> tuple[str, ...]:
         )
     said += _origins(comparison.jobs)
     return tuple(said)
+
+
+def _mixed(group: Group) -> list[str]:
+    """What else varies in one ranking: the best of each optimizer may differ by that alone."""
+    keys = _not_the_optimizers(group.jobs[0]) if group.jobs else []
+    varied = [key for key in keys if len({shown(job.differs[key]) for job in group.jobs}) > 1]
+    if not varied:
+        return []
+    return [
+        f"Jobs of this ranking also differ in {listed(varied)}: only those that agree there compare optimizers alone."
+    ]
 
 
 def _budget(group: Group) -> list[str]:
@@ -272,7 +308,7 @@ def _budget(group: Group) -> list[str]:
 def _edges(group: Group) -> list[str]:
     said, untuned = [], []
     for standing in group.standings:
-        where = edge([(cell.rate, cell) for cell in standing.cells if cell.rate is not None])
+        where = standing.edge
         if where is None or not where.side:
             continue
         if where.side == "only":
@@ -331,12 +367,13 @@ def _origins(jobs: Sequence[Job]) -> list[str]:
 
 
 def _at_once(jobs: Sequence[Job]) -> bool:
-    """Whether two jobs' times overlap: each ended with its last event, its logged seconds before that it ran."""
-    spans = []
+    """Whether two processes that ran jobs on one host lived at the same time, by their owners' first and last signs."""
+    ends: dict[tuple[str, float, str], float] = {}
     for job in jobs:
-        ended = next((q.finite(event.get("time")) for event in reversed(job.run.events)), None)
-        seconds = q.finite(job.run.summary.get("seconds"))
-        if job.state in OVER and ended is not None and seconds:
-            spans.append((ended - seconds, ended))
-    spans.sort()
-    return any(after[0] < before[1] - 1 for before, after in pairwise(spans))
+        owner = job.run.part("status", "owner")
+        started, ended = q.finite(owner.get("started")), q.finite(owner.get("heartbeat"))
+        if job.state in OVER and started is not None and ended is not None:
+            process = (str(owner.get("host")), started, str(owner.get("pid")))  # a worker may run job after job
+            ends[process] = max(ended, ends.get(process, ended))
+    spans = sorted(ends.items())
+    return any(before[0] == after[0] and after[1] < end for (before, end), (after, _) in pairwise(spans))

@@ -85,7 +85,7 @@ def claim(
         hash: `config_hash` of the configuration.
         resume: ``auto`` adopts the newest unfinished folder of the same hash, ``never`` always makes a new one.
         path: the folder itself (the user named it); ``root`` and ``name`` are then ignored.
-        grows: the named folder may be taken up again when it is finished, and under another hash (a sweep's).
+        grows: the folder is a sweep's: taken up again also when it is finished, and if named, under another hash.
 
     Returns:
         The folder, which exists, and whether it was adopted.
@@ -101,7 +101,7 @@ def claim(
         if resume == "auto":
             for candidate in sorted(parent.glob(f"*-{hash}*"), reverse=True):
                 status = read_status(candidate / "status.json")
-                if status.get("state") not in FINISHED_STATES and owner_is_gone(status) and status:
+                if status and owner_is_gone(status) and (grows or status.get("state") not in FINISHED_STATES):
                     return _own(candidate, hash), True
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
         for attempt in range(1000):
@@ -116,6 +116,7 @@ def claim(
 
 def _claim_named(path: Path, hash: str, resume: str, grows: bool) -> tuple[RunFolder, bool]:
     path.mkdir(parents=True, exist_ok=True)
+    kind = "sweep" if grows or (path / "sweep.json").exists() else "run"
     with _one_at_a_time(path):
         status = read_status(path / "status.json")
         if not status:
@@ -123,9 +124,11 @@ def _claim_named(path: Path, hash: str, resume: str, grows: bool) -> tuple[RunFo
                 raise FolderRefused("an empty or new folder: this one holds other files")
             return _own(path, hash), False
         if not owner_is_gone(status):
-            raise FolderRefused(f"another folder: a run is in progress there ({_owner(status)})")
-        if resume == "never" or (status.get("config_hash") != hash and not grows):
-            raise FolderRefused("a new folder: this one holds a run of another configuration")
+            raise FolderRefused(f"another folder: a {kind} is in progress there ({_owner(status)})")
+        if resume == "never":
+            raise FolderRefused(f"a new folder: resume=never starts anew, and this one holds a {kind}")
+        if status.get("config_hash") != hash and not grows:
+            raise FolderRefused(f"a new folder: this one holds a {kind} of another configuration")
         if status.get("state") in FINISHED_STATES and not grows:
             raise FolderRefused(f"a new folder: this run is already {status['state']}")
         return _own(path, hash), True

@@ -28,12 +28,14 @@ class SweepJob:
         config_hash: identity of its configuration.
         overrides: what its command line would be, without secrets and without what concerns the sweep alone.
         differs: the overrides that are not the same in all jobs, key to value.
+        command: the command line that asked for it last, without secrets.
     """
 
     folder: RunFolder
     config_hash: str
     overrides: list[str]
     differs: dict[str, Any]
+    command: str = ""
 
     @property
     def state(self) -> str | None:
@@ -46,13 +48,13 @@ class SweepJob:
         return self.state in FINISHED_STATES
 
     def label(self, *, short: bool = False) -> str:
-        """What differs, on one line: ``optimizer=lion optimizer.lr_scale=2``.
+        """What differs, on one line: ``optimizer=lion optimizer.lr_scale=2``; where nothing does, its folder's name.
 
         Args:
             short: only the last words of each key, as many as tell them apart.
         """
         names = short_names(self.differs) if short else {key: key for key in self.differs}
-        return " ".join(f"{names[key]}={_shown(value)}" for key, value in self.differs.items())
+        return " ".join(f"{names[key]}={_shown(value)}" for key, value in self.differs.items()) or self.folder.path.name
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,13 @@ class SweepFolder:
     def jobs(self) -> list[SweepJob]:
         """The jobs of ``sweep.json``, in order."""
         return [
-            SweepJob(RunFolder(self.path / job["folder"]), job["config_hash"], job["overrides"], job["differs"])
+            SweepJob(
+                RunFolder(self.path / job["folder"]),
+                job["config_hash"],
+                job["overrides"],
+                job["differs"],
+                job.get("command", ""),
+            )
             for job in read_json(self.sweep).get("jobs", [])
         ]
 
@@ -78,7 +86,7 @@ class SweepFolder:
         """Writes ``sweep.json``.
 
         Args:
-            command: the command line, without secrets.
+            command: the newest command line, without secrets.
             swept: the keys that differ between the jobs.
             jobs: all of them, whose folders lie in this one.
         """
@@ -88,6 +96,7 @@ class SweepFolder:
                 "config_hash": job.config_hash,
                 "overrides": job.overrides,
                 "differs": job.differs,
+                "command": job.command,
             }
             for job in jobs
         ]
@@ -97,7 +106,7 @@ class SweepFolder:
 def claim_sweep(
     root: Path, hashes: Iterable[str], *, resume: str = "auto", path: Path | None = None
 ) -> tuple[SweepFolder, str]:
-    """Claims a new sweep folder, or adopts the newest unfinished one of the same jobs whose owner is gone.
+    """Claims a new sweep folder, or adopts the newest one of the same jobs, finished or not, whose owner is gone.
 
     Args:
         root: the folder of all runs; the new folder is ``root/sweeps/<UTC time>-<hash of the jobs>``.
@@ -118,15 +127,16 @@ def claim_sweep(
     return SweepFolder(folder.path), hash
 
 
-def job_name(differs: dict[str, Any], config_hash: str) -> str:
+def job_name(differs: dict[str, Any], config_hash: str, name: str = "") -> str:
     """A job's folder name, of ``[A-Za-z0-9._+-]`` only: ``optimizer-lion_lr_scale-0.5-1a2b3c4d``.
 
     Args:
         differs: the overrides in which it differs from the others.
         config_hash: identity of its configuration, which makes the name unique.
+        name: what to call it where it differs in nothing.
     """
     names = short_names(differs)
-    words = "_".join(f"{names[key]}-{_shown(value)}" for key, value in differs.items())
+    words = "_".join(f"{names[key]}-{_shown(value)}" for key, value in differs.items()) or name
     slug = re.sub(r"-{2,}", "-", re.sub(r"[^A-Za-z0-9._+-]+", "-", words))[:_LONGEST_NAME].strip("-._")
     return f"{slug}-{config_hash}" if slug else config_hash
 

@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_opt.plan import Place
@@ -61,6 +62,7 @@ def joined(place: Place, trainer: Mapping[str, Any]) -> Iterator[Group]:
     Raises:
         ConfigError: this machine has fewer GPUs than were asked for.
     """
+    rank_zero_only.rank = place.rank  # else what RANK or SLURM_PROCID says, also where it is none of ours
     device = choose_device(trainer["accelerator"], trainer["devices"])
     if trainer["devices"] * trainer["num_nodes"] == 1:
         yield Group()

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers.logger import Logger
 
 from lightning_opt.plan.secrets import clean_text
@@ -32,7 +31,7 @@ class GuardedLogger(Logger):
 
     The other logger is made in that thread too. Whatever it raises, and a call that does not return while `BACKLOG`
     more are waiting, ends it with one warning: nothing more is handed on, and the run goes on. So neither a missing
-    package, a missing key nor an unreachable server can stop or slow down training. Only rank zero makes it.
+    package, a missing key nor an unreachable server can stop or slow down training. Only the first rank makes one.
 
     Whatever else it has (``experiment``, ``watch``, ``log_image``) is reached through this object, once all before has
     been handed on; an error in there is the caller's.
@@ -52,11 +51,9 @@ class GuardedLogger(Logger):
         super().__init__()
         self.current_step: Callable[[], int] | None = None
         self._label, self._start_s, self._end_s = label, start_s, end_s
-        self._failed = rank_zero_only.rank > 0
+        self._failed = False
         self._row: tuple[int | None, dict[str, float]] = (None, {})
         self._calls: queue.Queue[_Call | None] = queue.Queue(BACKLOG)
-        if self._failed:
-            return
         self._made = threading.Event()
         self._thread = threading.Thread(target=self._work, args=(make,), name=f"logger {label}", daemon=True)
         self._thread.start()
@@ -127,19 +124,22 @@ class GuardedLogger(Logger):
         self._hand(lambda logger: logger.after_save_checkpoint(checkpoint_callback))
 
     def close(self) -> None:
-        """Ends the other logger: waits for what is still to be written, but not for ever."""
-        if self._failed:
-            return
-        self._hand(_finish)
-        self._hand(None)
-        self._thread.join(self._end_s)
-        if self._thread.is_alive():
-            self._fail(f"not done {self._end_s:g} s after the end of training")
-        self._failed = True
+        """Ends the other logger: waits for what is still to be written, but not for ever.
+
+        A thread that does not end is marked ``abandoned``, so that the process will not wait for it either.
+        """
+        if not self._failed:
+            self._hand(_finish)
+            self._hand(None)
+            self._thread.join(self._end_s)
+            if self._thread.is_alive():
+                self._fail(f"not done {self._end_s:g} s after the end of training")
+            self._failed = True
+        self._thread.abandoned = self._thread.is_alive()  # type: ignore[attr-defined]
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or self._failed:
-            raise AttributeError(f"no {name}: the logger has failed, or does not run on this rank")
+            raise AttributeError(f"no {name}: the logger has failed")
         answer: Future[Any] = Future()
 
         def look(logger: Logger) -> None:

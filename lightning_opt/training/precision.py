@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch.plugins.precision import HalfPrecision
 from torch import nn
 
-from lightning_opt.plan import ConfigError
+from lightning_opt.plan import ConfigError, place
 
 
 class BFloat16Parameters(HalfPrecision):
@@ -46,20 +46,31 @@ def choose_device(accelerator: str, devices: int = 1) -> str:
     if accelerator == "cpu" or not torch.cuda.is_available():
         return "cpu"
     if devices > (count := torch.cuda.device_count()):
-        raise ConfigError("trainer.devices", devices, f"must be at most {count}: so many GPUs does torch see here")
+        why = f"must be at most {count}: so many GPUs does torch see here"
+        if place().launcher == "srun":
+            why += "; srun must show every task all of them: --gpus-per-node or --gpu-bind=none, not --gpus-per-task"
+        raise ConfigError("trainer.devices", devices, why)
     return "cuda"
 
 
-def choose_precision(precision: str, accelerator: str) -> tuple[str, str]:
+def choose_precision(precision: str, accelerator: str, strategy: str = "auto") -> tuple[str, str]:
     """Resolves ``auto``.
 
     Args:
         precision: ``auto`` or one of Lightning's names.
         accelerator: the config's accelerator, ``auto`` included.
+        strategy: of several devices; ``auto`` for one.
 
     Returns:
-        The precision and one line that says why.
+        The precision and one line that says why, and what is bfloat16 in it that elsewhere is not.
     """
+    chosen, why = _choose(precision, accelerator)
+    if chosen == "bf16-mixed" and strategy == "fsdp":
+        why += "; FSDP2 gathers all weights in it, so what passes from layer to layer is bfloat16 too (DDP: float32)"
+    return chosen, why
+
+
+def _choose(precision: str, accelerator: str) -> tuple[str, str]:
     if precision != "auto":
         return precision, "asked for"
     if choose_device(accelerator) == "cuda":

@@ -1,4 +1,4 @@
-"""The sole writer of ``metrics.csv``."""
+"""The sole writer of ``metrics.csv``: `fit` makes one on the first rank only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers.logger import Logger
 
 from lightning_opt.run_folder import METRIC_COLUMNS, read_metrics, write_text
@@ -65,7 +64,6 @@ class RunLogger(Logger):
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
         """Nothing: config.yaml holds what was asked."""
 
-    @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Adds metrics to the row of the current optimizer step.
 
@@ -81,7 +79,6 @@ class RunLogger(Logger):
         self._row["time_s"] = round(self._clock() - self._began, 4)
         self._row |= {name: float(value) for name, value in metrics.items() if name != "epoch"}
 
-    @rank_zero_only
     def close(self) -> None:
         """Writes the last row. Not `finalize`: Lightning calls that before the validation that ends a run."""
         self._flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -178,13 +179,18 @@ def _trainer(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps Lightning's notices and advertisements off the terminal; its warnings still reach run.log."""
+    """Keeps Lightning's notices and advertisements off the terminal; its warnings still reach run.log.
+
+    But for one: what is logged without ``sync_dist`` is a mean over the ranks already.
+    """
     noisy = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in noisy]
     for logger in noisy:
         logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*sync_dist=True")
+            yield
     finally:
         for logger, level in zip(noisy, levels, strict=True):
             logger.setLevel(level)

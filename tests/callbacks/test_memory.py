@@ -6,6 +6,7 @@ import resource
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from foreign_project import Foreign, fit
@@ -22,6 +23,18 @@ def test_adam_holds_two_copies_and_a_counter_per_tensor(tmp_path: Path) -> None:
     expected = 4 * (2 * PARAMETERS + 3)
     assert memory.last["optimizer_state_bytes"] == expected
     assert logged.column("optimizer_state_bytes") == [expected] * 2
+
+
+def test_with_accumulation_it_tells_nothing_between_steps(tmp_path: Path) -> None:
+    """Also where the last step is logged whatever the interval, which its first micro-batch then sees already."""
+
+    class Last(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+            trainer.log_every_n_steps = 1 if trainer.global_step == 5 else 4
+
+    callbacks = [Last(), Memory()]
+    _, logged = fit(tmp_path, Foreign(), callbacks, max_steps=6, log_every_n_steps=4, accumulate_grad_batches=3)
+    assert len(logged.column("optimizer_state_bytes")) == 2
 
 
 def test_cpu_shows_the_process_as_the_kernel_counts_it(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
+from lightning_opt.job.logs import muted, run_log
 from lightning_opt.job.outcomes import Outcome, left_notes, outcome_of
 from lightning_opt.job.ranks import start_ranks
 from lightning_opt.plan import ConfigError, Place, place
@@ -25,6 +28,7 @@ FAULTS = {
     "diverge": lambda: (_ for _ in ()).throw(Diverged("norm nan")),
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "vanish": lambda: os._exit(7),
+    "taken": lambda: (_ for _ in ()).throw(RuntimeError("port: 1, code: -98, name: EADDRINUSE")),
 }
 
 
@@ -33,15 +37,19 @@ def work(order: dict[str, Any], folder: RunFolder | None, status: Any, here: Pla
     assert folder is not None
     told = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
     assert place(os.environ) == here
+    again = (folder.path / f"pid-{here.rank}").exists()
     (folder.path / f"pid-{here.rank}").write_text(f"{os.getpid()} {told['RANK']}/{told['WORLD_SIZE']}")
     try:
         if here.first:
             status.step = 5
+        if order["fault"] == "taken" and (again or here.rank != order["rank"]):
+            return Outcome()
         if here.rank == order.get("rank") and order["fault"] in FAULTS:
             FAULTS[order["fault"]]()
-        if order["fault"] == "deaf":
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            (folder.path / f"deaf-{here.rank}").touch()
+        if order["fault"] == "deaf" or (order["fault"] == "joining" and here.rank):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as one that waits below Python
+        if order["fault"] in ("deaf", "joining"):
+            (folder.path / f"ready-{here.rank}").touch()
         if order["fault"]:
             time.sleep(0.3 if order["fault"] in FAULTS else 60)
             raise RuntimeError("Connection closed by peer")
@@ -68,6 +76,11 @@ def test_ranks_know_their_places_and_all_end_well(tmp_path: Path) -> None:
     outcome, step = start(tmp_path, None)
     assert (outcome.state, outcome.code, step) == ("FINISHED", 0, 5)
     assert sorted(path.read_text().split()[1] for path in tmp_path.glob("pid-*")) == ["0/2", "1/2"]
+
+
+def test_a_port_that_was_taken_costs_a_second_start(tmp_path: Path) -> None:
+    outcome, step = start(tmp_path, "taken", 0)
+    assert (outcome.state, step) == ("FINISHED", 5)
 
 
 @pytest.mark.parametrize(
@@ -101,11 +114,13 @@ import sys
 sys.path[:0] = [{here!r}, {root!r}]
 from pathlib import Path
 from types import SimpleNamespace
+from lightning_opt.job import ranks
 from lightning_opt.job.ranks import start_ranks
 from lightning_opt.job.signals import Terminated, terminable
 from lightning_opt.run_folder import RunFolder
 import test_ranks
 if __name__ == "__main__":
+    ranks.LEAVE_S = 1.0
     try:
         with terminable():
             folder = RunFolder(Path({folder!r}))
@@ -124,7 +139,7 @@ def parent_of_two(repository: Path, folder: Path, fault: str) -> subprocess.Pope
     process = subprocess.Popen(
         [sys.executable, str(script)], preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     )
-    wanted = "deaf-*" if fault == "deaf" else "pid-*"
+    wanted = "pid-*" if fault == "wait" else "ready-*"
     until(lambda: (len(list(folder.glob(wanted))) == 2 and len(pids(folder)) == 2) or process.poll() is not None)
     return process
 
@@ -143,6 +158,14 @@ def test_a_signal_reaches_the_ranks(repository: Path, tmp_path: Path, number: in
     assert process.wait(30) == code
     assert not any(psutil.pid_exists(pid) for pid in pids(tmp_path))
     assert left_notes(RunFolder(tmp_path)) == {}
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_rank_that_waits_for_one_that_is_gone(repository: Path, tmp_path: Path, number: int, code: int) -> None:
+    process = parent_of_two(repository, tmp_path, "joining")
+    process.send_signal(number)
+    assert process.wait(15) == code
+    assert not any(psutil.pid_exists(pid) for pid in pids(tmp_path))
 
 
 def test_a_second_signal_kills_ranks_that_do_not_listen(repository: Path, tmp_path: Path) -> None:
@@ -170,3 +193,16 @@ def test_places_in_the_environment() -> None:
     batch = {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}  # the script itself, not a step
     assert place(batch) == place({"RANK": "1", "WORLD_SIZE": "2"}) == Place()
     assert Place(3, 1, 4, "srun").environment(2)["GROUP_RANK"] == "1"
+
+
+def test_logs_are_given_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    loggers = [logging.getLogger(name) for name in ("lightning_opt", "py.warnings", "transformers")]
+    before = [(logger.handlers, logger.propagate, logger.level) for logger in loggers]
+    for speaks in (muted, lambda: run_log(tmp_path / "run.log")):
+        with suppress(KeyError), speaks():
+            logging.getLogger("lightning_opt.job").warning("inside")
+            raise KeyError
+        assert [(logger.handlers, logger.propagate, logger.level) for logger in loggers] == before
+    assert not caplog.records
+    logging.getLogger("lightning_opt.job").warning("outside")
+    assert caplog.messages == ["outside"]

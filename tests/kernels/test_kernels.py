@@ -208,7 +208,7 @@ def test_what_is_not_plain_memory_is_left_to_foreach():
 
 @needs_compiler
 def test_a_rule_that_has_no_cpp_runs_as_foreach_and_says_so(caplog, monkeypatch):
-    monkeypatch.setattr(compiled, "_broken", set())
+    monkeypatch.setattr(compiled, "_broken", {})
     rule = made("with_a_mean", lambda p, g: p * torch.mean(g))
     with pytest.raises(native.CannotCompile, match="mean"):
         native.run(rule, bucket(rule, lists(1), lists(2)))
@@ -218,7 +218,7 @@ def test_a_rule_that_has_no_cpp_runs_as_foreach_and_says_so(caplog, monkeypatch)
     kernels.run("eager", rule, plain)
     torch.testing.assert_close(ours.params, plain.params)
     assert "no C++ for mean" in caplog.text
-    assert kernels.choose(rule, "compiled", torch.device("cpu"), [torch.float32] * 3, 10).implementation == "foreach"
+    assert kernels.choose(rule, "compiled", torch.device("cpu"), [torch.float64] * 3, 10).implementation == "foreach"
 
 
 @settings(max_examples=50, deadline=None)
@@ -242,6 +242,7 @@ def implementation(name, elements, asked="auto", dtype=torch.float32, where="cpu
 
 
 def test_auto_is_the_fastest_right_thing(monkeypatch):
+    monkeypatch.setattr(native, "prepare", lambda *_: None)
     monkeypatch.setattr("lightning_opt.kernels.compiled.can_compile", lambda device: (True, "g++"))
     assert implementation("adamw", 10**6).implementation == "fused"
     assert implementation("adamw", 27 * 10**6).implementation == "compiled"
@@ -292,15 +293,18 @@ def test_a_failing_compiler_falls_back_once_and_changes_nothing_twice(monkeypatc
     graph = compiled._graph(optim.find_rule("lion"), ("lr", "new1", "new2"), False)
     monkeypatch.setattr(compiled, "_compiled", lambda *args: torch.compile(graph, backend=no_backend))
     monkeypatch.setattr(compiled, "can_compile", lambda device: (True, "g++"))
-    monkeypatch.setattr(compiled, "_broken", set())
+    monkeypatch.setattr(compiled, "_broken", {})
     native._library.cache_clear()
     monkeypatch.setattr(subprocess, "run", no_space)
-    if where == "graph":
+    as_on_a_gpu = where == "graph"  # which learns of it in its first step, and a CPU before
+    if as_on_a_gpu:
         monkeypatch.setattr(native, "run", compiled._run_graph)
+        monkeypatch.setattr(native, "prepare", lambda *_: None)
     params = [nn.Parameter(torch.ones(20 + k)) for k in range(3)]
     optimizer = optim.Lion(params, lr=0.25, implementation="compiled")
-    assert optimizer.implementations == {"lion": "compiled (as asked, g++)"}
+    fallen = {"lion": "foreach (compiling failed: no space left)"}
     with caplog.at_level(logging.WARNING, "lightning_opt.kernels"):
+        assert optimizer.implementations == ({"lion": "compiled (as asked, g++)"} if as_on_a_gpu else fallen)
         for _ in range(2):
             for p in params:
                 p.grad = torch.ones_like(p)
@@ -309,7 +313,41 @@ def test_a_failing_compiler_falls_back_once_and_changes_nothing_twice(monkeypatc
     (said,) = [record.getMessage() for record in caplog.records if record.name == "lightning_opt.kernels"]
     assert "no space left" in said
     assert "\n" not in said
-    assert optimizer.implementations == {"lion": "foreach (compiling failed, see the log)"}
+    ((name, failed),) = optimizer.implementations.items()
+    assert (name, failed.split(":")[0]) == ("lion", "foreach (compiling failed")
+    assert "no space left" in failed
+
+
+def test_a_compiler_that_says_nothing_is_named_and_other_dtypes_are_tried(monkeypatch, tmp_path, caplog):
+    silent = tmp_path / "c++"
+    silent.write_text("#!/bin/sh\nexit 3\n")
+    silent.chmod(0o755)
+    monkeypatch.setattr(native, "cpp_compiler", lambda: str(silent))
+    monkeypatch.setattr(compiled, "can_compile", lambda device: (True, "c++"))
+    monkeypatch.setattr(compiled, "_broken", {})
+    native._library.cache_clear()
+    with caplog.at_level(logging.WARNING, "lightning_opt.kernels"):
+        for asked in ("auto", "compiled"):
+            choice = implementation("lion", 10**6, asked)
+            assert choice.implementation == "foreach"
+            assert f"{silent} ended with code 3 and said nothing" in choice.why
+        adamw = implementation("adamw", 27 * 10**6)
+        assert adamw.implementation == "fused"
+        assert "said nothing" in adamw.why
+        assert implementation("lion", 10**5).why.endswith("too few to pay for compiling")  # nobody tried
+    assert [record.getMessage().split()[1] for record in caplog.records] == ["lion", "adamw"]
+    monkeypatch.setattr(native, "prepare", lambda *_: None)
+    assert implementation("lion", 10**6).implementation == "foreach"
+    assert implementation("lion", 10**6, dtype=torch.float64).implementation == "compiled"
+
+
+def test_where_every_tensor_is_left_nothing_is_called(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("called for no tensor: OpenMP takes no team of 0 threads")
+
+    monkeypatch.setattr(native, "_library", lambda *_: refuse)
+    rule = made("left", lambda p, g: p * g)
+    assert native.run(rule, bucket(rule, [torch.ones(3, 2)], [torch.ones(2, 3).t()])) == [0]
 
 
 @needs_compiler
@@ -338,6 +376,7 @@ def test_many_kinds_of_buckets_are_all_compiled(monkeypatch):
     compiled._compiled.cache_clear()
     torch._dynamo.reset()
     monkeypatch.setattr(native, "run", compiled._run_graph)
+    monkeypatch.setattr(native, "prepare", lambda *_: None)
     monkeypatch.setattr(compiled, "can_compile", lambda device: (True, "Triton"))
     graphs = []
     count = lambda graph, inputs: graphs.append(graph) or graph.forward  # noqa: E731

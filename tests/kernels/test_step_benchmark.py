@@ -50,6 +50,16 @@ def test_a_contender_that_fails_here_is_left_out(capsys):
     assert "Invalid learning rate" in capsys.readouterr().out
 
 
+def test_a_peer_that_is_not_installed_is_named_with_the_cause(monkeypatch):
+    absent = list(optimizer_step._peer("no_such_package", "Lion", "absent Lion", {}))
+    monkeypatch.setattr(optimizer_step, "ours", lambda dtype: [])
+    monkeypatch.setattr(optimizer_step, "peers", lambda device: absent)
+    setting = optimizer_step.Setting(4, 1, 8, 4, rounds=1)
+    contenders, _, left_out = optimizer_step.measure(setting, torch.float32, "cpu", False, 1)
+    assert optimizer_step.YARDSTICK in [c.name for c in contenders]
+    assert "absent Lion (No module named 'no_such_package')" in left_out
+
+
 @pytest.mark.parametrize("name", optim.list_optimizers())
 def test_the_floor_is_what_the_rule_moves(name):
     _, contender, *_ = prepared(lambda p: getattr(optim, optim.OPTIMIZERS[name])(p, lr=1e-3))

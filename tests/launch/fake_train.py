@@ -15,7 +15,7 @@ from typing import Any
 import lightning_opt.job
 from lightning_opt.job.signals import Terminated, terminable
 from lightning_opt.launch import main, processes, sweep
-from lightning_opt.run_folder import RunFolder, Status, config_hash, write_json
+from lightning_opt.run_folder import RunFolder, Status, SweepFolder, config_hash, write_json
 
 DIVERGES, BREAKS, IS_KILLED, CRASHES, BREAKS_ONCE, IS_MISCONFIGURED, WAITS = 503, 599, 609, 611, 620, 502, 700
 
@@ -29,6 +29,7 @@ def run(config: dict[str, Any], folder: RunFolder, **_: Any) -> int:
         "pid": os.getpid(),
         "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "threads": os.environ.get("OMP_NUM_THREADS"),
+        "path": os.environ.get("PYTHONPATH"),
     }
     with tries.open("a") as file:
         file.write(json.dumps({**seen, "began": began, "tty": sys.stdout.isatty()}) + "\n")
@@ -57,8 +58,17 @@ def run(config: dict[str, Any], folder: RunFolder, **_: Any) -> int:
     return code
 
 
+def draw(folder: Path) -> None:
+    """One line for each time, of the jobs' states; the file ``broken`` makes it fail."""
+    with Path("reported").open("a") as file:
+        file.write(" ".join(str(job.state) for job in SweepFolder(folder).jobs()) + "\n")
+    if Path("broken").exists():
+        raise RuntimeError("no page")
+
+
 lightning_opt.job.__dict__["run"] = run
 sweep.PRELOAD, sweep.PRELOAD_TO_SCORE = ("lightning_opt.launch.sweep",), ()  # nothing heavy
+sweep.LOOK_S = 0.1
 processes.visible_devices = lambda: [name for name in os.environ.get("FAKE_GPUS", "").split(",") if name]
 
 
@@ -66,7 +76,7 @@ if __name__ == "__main__":
     with contextlib.suppress(FileNotFoundError):
         Path("reported").unlink()
     reports = sys.modules["lightning_opt.reports"] = type(sys)("lightning_opt.reports")
-    reports.write_sweep = lambda folder: Path("reported").write_text(str(folder))  # type: ignore[attr-defined]
+    reports.write_sweep = draw  # type: ignore[attr-defined]
     reports.sweep_lines = lambda folder: [f"table of {folder}"]  # type: ignore[attr-defined]
     lightning_opt.reports = reports  # type: ignore[attr-defined]
     sys.exit(main(sys.argv[1:]))

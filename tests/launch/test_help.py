@@ -26,6 +26,10 @@ def test_help_is_quick_and_says_what_there_is(train_py, repository):
         "jobs_per_device=",
         "hydra.sweep.dir=",
         "hydra/launcher=processes",
+        "pip install -c constraints.txt -e '.[run,launchers]'",
+        "python -m recipes.report SWEEP",
+        "--compare",
+        "all jobs at once on this machine",
     ):
         assert words in done.out
 

@@ -10,8 +10,8 @@ from lightning_opt.plan import ConfigError
 def test_a_package_that_is_missing_is_named_in_one_line(jobs, capsys, monkeypatch, name):
     monkeypatch.setattr(launchers, "find_spec", lambda package: None)
     assert main(["-m", "seed=1,2", f"hydra/launcher={name}", "evaluation=none"]) == 2
-    package = f"hydra-{name.partition('_')[0]}-launcher"
-    assert capsys.readouterr().err == f"hydra/launcher = {name}: needs a package more: pip install {package}\n"
+    how = "pip install -c constraints.txt -e '.[run,launchers]'"
+    assert capsys.readouterr().err == f"hydra/launcher = {name}: needs a package more: {how}\n"
     assert not jobs
 
 

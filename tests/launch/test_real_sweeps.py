@@ -52,7 +52,9 @@ def test_a_sweep_trains_and_compares(train_py, tmp_path, texts):
     assert read_status(folder.status)["state"] == "FINISHED"
     for file in (folder.report_html, folder.report_md, folder.table):
         assert file.stat().st_size, file
-    assert "report: " in done.out.split("[2/2] FINISHED: loss ")[1]
+    jobs_said, end = done.out.split("[2/2] FINISHED: loss ")
+    assert "report: " in end
+    assert "python train.py" not in jobs_said  # what to type next is for the end to say
 
 
 @pytest.mark.slow

@@ -68,6 +68,7 @@ MORE = [
     (["on_failure=sometimes"], "on_failure = sometimes: ", "continue, stop or retry:N"),
     (["-m", "seed=1,2", "jobs_per_device=0"], "jobs_per_device = 0: ", ">= 1"),
     (["-m", "seed=1,2", "hydra/launcher=job"], "hydra/launcher = job: ", "did you mean joblib?"),
+    (["-m", "seed=1,2", "hydra/sweeper=basic"], "hydra/sweeper = basic: ", "grid, the default"),
     (["--cfg", "job", "-m", "seed=1,2"], "--cfg = job: ", "leave out -m"),
     (["tuned=null"], "tuned = null: ", "~tuned"),
     (["trainer.max_steps=5", "scale=1x"], "trainer.max_steps = 5: ", "scale=1x"),
@@ -107,6 +108,19 @@ def test_refused_by_train_py(train_py, tmp_path, arguments, start, words):
     assert_refused(done.code, done.out.replace("heavy: []\n", ""), done.err, start, words)
     assert done.seconds < 3
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_below_torchrun_is_refused_once(jobs, capsys, monkeypatch):
+    from lightning_opt.launch import main
+
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["-m", "seed=1,2", "evaluation=none"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("-m = torchrun: a sweep starts its jobs itself")
+    assert not jobs
 
 
 @pytest.fixture(scope="module")

@@ -242,6 +242,73 @@ def test_whoever_ends_one_job_ends_the_sweep(start, tmp_path):
     assert [job.state for job in folders(tmp_path)[0].jobs()] == ["PREEMPTED", None]
 
 
+def test_a_finished_sweep_is_not_trained_again(start, tmp_path):
+    assert start("seed=1,2").wait()[0] == 0
+    code, out = start("seed=1,2").wait()
+    assert code == 0, out
+    (folder,) = folders(tmp_path)
+    assert "2 jobs, 0 to run\n" in out
+    assert "all 2 jobs are done; resume=never runs them anew\n" in out
+    assert f"table of {folder.path.relative_to(tmp_path)}" in out
+    assert [len(tries(job)) for job in folder.jobs()] == [1, 1]
+    assert read_status(folder.status)["state"] == "FINISHED"
+    assert start("seed=1,2", "resume=never").wait()[0] == 0
+    assert len(folders(tmp_path)) == 2
+
+
+def test_the_page_can_be_looked_at_while_jobs_run(start, tmp_path):
+    """Also where it cannot be drawn, which harms nothing."""
+    (tmp_path / "broken").touch()
+    sweep = start(f"seed=1,{WAITS + 10},{LONG}")
+    drawn = tmp_path / "reported"
+    until(lambda: drawn.exists() and "\nFINISHED FINISHED " in drawn.read_text())
+    until(lambda: len(started_jobs(tmp_path)) == 3)
+    sweep.signal(signal.SIGTERM)
+    code, out = sweep.wait()
+    assert code == 143
+    lines = drawn.read_text().splitlines()
+    assert re.match(r"FINISHED (None|RUNNING) None", lines[0])
+    assert lines[-1] == "FINISHED FINISHED PREEMPTED"
+    assert out.index(f"{folders(tmp_path)[0].report_html.relative_to(tmp_path)}\n") < out.index("seed 1 speaks")
+    assert out.count("the comparison could not be written: RuntimeError: no page") == 1
+
+
+def test_a_job_where_nothing_is_swept_goes_by_the_runs_name(start):
+    _, out = start("seed=1").wait()
+    assert re.search(r"^\[1/1\] adamw_nano-[0-9a-f]{8}$", out, re.MULTILINE), out
+
+
+def test_the_jobs_inherit_no_more_of_the_path_than_they_need(start, tmp_path, repository):
+    assert start("seed=1").wait()[0] == 0
+    (job,) = folders(tmp_path)[0].jobs()
+    named = tries(job)[0]["path"].split(os.pathsep)
+    assert named[0] == str(repository)
+    assert not [entry for entry in named if "site-packages" in entry or "lib-dynload" in entry]
+
+
+def test_jobs_of_an_earlier_command_are_no_matter_of_this_one(start, tmp_path):
+    sweep = start(f"seed=1,{LONG},2", "hydra.sweep.dir=k")
+    until(lambda: len(list(tmp_path.glob("k/*/tries.jsonl"))) == 2)
+    sweep.signal(signal.SIGKILL)
+    sweep.process.communicate()
+    assert not psutil.wait_procs(sweep.family, timeout=10)[1]
+    code, out = start(f"seed=5,{DIVERGES}", "hydra.sweep.dir=k").wait()
+    assert code == 3, out
+    folder = SweepFolder(tmp_path / "k")
+    jobs = by_seed(folder)
+    killed = read_status(jobs[LONG].folder.status)
+    assert (killed["state"], killed["reason"]) == ("PREEMPTED", "its process is gone")
+    assert read_status(folder.status)["reason"] == "2 of 5 jobs without a result"
+    first = f"train.py -m seed=1,{LONG},2 hydra.sweep.dir=k evaluation=none"
+    assert f"2 of 5 jobs have no result; the same command again runs only those: {first}\n" in out
+    assert out.count("runs only those") == 1
+    newest = f"train.py -m seed=5,{DIVERGES} hydra.sweep.dir=k evaluation=none"
+    assert json.loads(folder.sweep.read_text())["command"] == newest
+    assert {seed: job.command for seed, job in jobs.items()} == {
+        1: first, LONG: first, 2: first, 5: newest, DIVERGES: newest,
+    }  # fmt: skip
+
+
 def test_a_named_sweep_takes_more_jobs(start, tmp_path):
     assert start("seed=1,2", "hydra.sweep.dir=mine").wait()[0] == 0
     code, out = start("seed=2,3", "optimizer=adamw,lion", "hydra.sweep.dir=mine").wait()

@@ -88,6 +88,23 @@ def test_loss_and_gradients_are_those_of_all_logits_at_once(bias: bool, z_loss: 
         torch.testing.assert_close(every[0], total, rtol=10 * tolerance, atol=0)
 
 
+def test_what_fits_into_one_chunk_is_computed_as_ever_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is 3 % cheaper."""
+    chunks: list[slice] = []
+    chunk = chunked._chunk
+    monkeypatch.setattr(chunked, "_chunk", lambda *given: chunks.append(given[-1]) or chunk(*given))
+    given, targets = operands(torch.float32, True), batch()[1].flatten()
+    whole, parts = (
+        gradients(lambda *a, n=rows: linear_cross_entropy(*a, 0.1, n)[0], given, targets) for rows in (32, 31)
+    )
+    assert chunks == [slice(0, 31), slice(31, 32)]
+    for a, b in zip(whole, parts, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=3e-6)
+    for index in (0, 1):
+        grads = torch.autograd.grad(linear_cross_entropy(*given, targets, 0.0, 32)[index], given[0])
+        assert bool(grads[0].any()) == (index == 0)  # none flows through what is only reported
+
+
 @pytest.mark.parametrize("z_loss", [0.0, 0.3])
 def test_gradcheck(z_loss: float) -> None:
     given = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((7, 3), (5, 3), (5,))]

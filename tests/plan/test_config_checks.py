@@ -189,6 +189,12 @@ class TestGivenModel:
         model = {"_target_": "lightning_opt.models.hf", "name": "hf", "path": str(path), "context_length": length}
         return changed(model=model, data__sequence_length=length)
 
+    def test_a_tokenizer_of_the_models_size_is_no_larger_than_its_text_can_teach(self):
+        for size, made in ((128256, 16384), (16384, 16384), (20000, 20000)):
+            config = changed(model={**GOOD["model"], "vocab_size": 128256 if made == 16384 else 300})
+            config["data"] = {**config["data"], "tokenizer": {"path": None, "vocab_size": size}}
+            assert data_config(config)["tokenizer"]["vocab_size"] == made
+
     def test_its_tokenizer_is_used_unless_another_is_given(self, folder):
         assert data_config(self.config(folder))["tokenizer"]["path"] == str(folder)
         assert data_config(self.config("org/name"))["tokenizer"]["path"] == "org/name"
@@ -212,3 +218,11 @@ class TestGivenModel:
         check(self.config("hub/name"))
         with pytest.raises(ConfigError, match=r"^model\.path = models/name: not found"):
             check(self.config("models/name"))
+
+
+def test_processes_that_nobody_we_know_started(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"^WORLD_SIZE = 2: is set, but not by torchrun or srun"):
+        check(GOOD)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    check(GOOD)

@@ -85,8 +85,9 @@ def test_every_job_is_shown_as_what_it_is(page: Page) -> None:
         "diverged": "loss is nan",
         "failed": OOM,
     }
-    assert "4 of 8 jobs can still change what follows: 1 running, 1 stopped, 1 preempted, 1 not started." in page.text
-    assert "1 job failed and is missing from the ranking." in page.text
+    left = "1 running, 1 stopped, 1 preempted, 1 failed, 1 not started"
+    assert f"5 of 8 jobs can still change what follows: {left}." in page.text
+    assert "What failed is missing from the ranking; the same command runs it again." in page.text
     assert f"python {COMMAND}" in page.text
 
 

@@ -80,9 +80,10 @@ def test_a_row_for_each_job_in_the_order_of_its_loss_with_only_what_differs(page
         assert values["HellaSwag (mini)"] == "0.430 ± 0.050"
         assert values["MMLU (mini)"] == "0.270 ± 0.045"
         assert float(values["tokens/s"].removesuffix("k")) == pytest.approx(speed[row[0]], abs=0.05)
-        assert values["optimizer step"] == f"4.0 % · {0.04 * MS[row[0].lower()]:.2f} ms"
-        assert values["peak memory"] == "625 MiB"  # 655,000,000 bytes
-        assert values["optimizer state"] == "7.63 MiB"  # 8,000,000 bytes
+        assert values["optimizer share"] == "4.0 %"
+        assert values["memory · state"] == "625 MiB · 7.63 MiB"  # 655,000,000 and 8,000,000 bytes
+    steps = {row[0]: row[page.tables["standing"][0].index("optimizer step")] for row in page.tables["standing"][1:]}
+    assert steps == {NAMES[name]: f"4.0 % · {0.04 * MS[name]:.2f} ms" for name in NAMES}
     assert "HumanEval was skipped: this machine cannot isolate generated code" in page.text
     assert "not comparable with published numbers" in page.text
 
@@ -164,12 +165,14 @@ def test_the_difference_is_tested_as_scipy_does() -> None:
     noise = random.Random(1)
     for n, m in ((2, 2), (3, 3), (5, 2), (4, 9)):
         a, b = ([noise.gauss(3.5, 0.01) for _ in range(k)] for k in (n, m))
-        found, expected = ranking.gap(cell(*a), cell(*b)), scipy.stats.ttest_ind(b, a)
+        first, second = cell(*a), cell(*b)
+        found, expected = ranking.gap(first, second, ranking.pooled([first, second])), scipy.stats.ttest_ind(b, a)
         assert found.t == pytest.approx(expected.statistic)
         assert found.limit == pytest.approx(scipy.stats.t.ppf(0.975, n + m - 2), rel=2e-3)
         assert (found.judgement == "beyond") == (expected.pvalue < 0.05)
         assert found.value == pytest.approx(statistics.fmean(b) - statistics.fmean(a))
-    assert ranking.gap(cell(3.5), cell(3.6)).judgement == "unknown"
+    assert ranking.pooled([cell(3.5), cell(3.6)]) is None
+    assert ranking.gap(cell(3.5), cell(3.6), None).judgement == "unknown"
     for freedom in (*range(1, 40), 200):
         assert ranking.t_limit(freedom) == pytest.approx(scipy.stats.t.ppf(0.975, freedom), rel=2e-3)
 

@@ -123,6 +123,8 @@ def test_a_named_folder(tmp_path: Path) -> None:
     leave(named, "RUNNING")
     with pytest.raises(FolderRefused, match="another configuration"):
         claim(tmp_path, "run", "ffff0000", path=named)
+    with pytest.raises(FolderRefused, match=r"resume=never starts anew, and this one holds a run$"):
+        claim(tmp_path, "run", HASH, path=named, resume="never")
     leave(named, "FINISHED")
     with pytest.raises(FolderRefused, match="already FINISHED"):
         claim(tmp_path, "run", HASH, path=named)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -39,6 +40,12 @@ def test_a_jobs_name_says_what_differs(differs, name):
     assert re.fullmatch(r"[A-Za-z0-9._+-]+", name)
 
 
+def test_a_job_that_differs_in_nothing_has_the_runs_name():
+    assert job_name({}, "1a2b3c4d", "adamw_nano") == "adamw_nano-1a2b3c4d"
+    assert job_name({"seed": 1}, "1a2b3c4d", "adamw_nano") == "seed-1-1a2b3c4d"
+    assert SweepJob(RunFolder(Path("adamw_nano-x")), "x", [], {}).label(short=True) == "adamw_nano-x"
+
+
 def test_a_name_stays_short_and_its_own():
     long = {f"section.key_{n}": "x" * 50 for n in range(20)}
     names = {job_name(long, hash) for hash in ("00000001", "00000002")}
@@ -53,7 +60,7 @@ def test_short_names_are_as_long_as_they_must_be():
 
 def test_what_is_written_reads_back(tmp_path):
     folder = SweepFolder(tmp_path)
-    job = SweepJob(RunFolder(tmp_path / "seed-1-x"), "x", ["seed=1"], {"seed": 1})
+    job = SweepJob(RunFolder(tmp_path / "seed-1-x"), "x", ["seed=1"], {"seed": 1}, "train.py -m seed=1")
     folder.write("train.py -m seed=1,2", ["seed"], [job])
     assert folder.jobs() == [job]
     assert json.loads(folder.sweep.read_text())["command"] == "train.py -m seed=1,2"
@@ -73,14 +80,13 @@ def test_the_order_of_the_jobs_makes_no_other_sweep(tmp_path):
     assert claim_sweep(tmp_path, ["b", "a", "c"])[0] != first
 
 
-def test_a_finished_sweep_or_never_makes_a_new_one(tmp_path):
+def test_the_newest_sweep_is_taken_up_also_when_it_is_finished_and_never_makes_a_new_one(tmp_path):
     first, hash = claim_sweep(tmp_path, ["a"])
     Status(first.status, hash).set("PREEMPTED")
     second, _ = claim_sweep(tmp_path, ["a"], resume="never")
+    assert second != first
     Status(second.status, hash).set("FINISHED")
-    assert claim_sweep(tmp_path, ["a"])[0] == first
-    Status(first.status, hash).set("FINISHED")
-    assert claim_sweep(tmp_path, ["a"])[0] not in (first, second)
+    assert claim_sweep(tmp_path, ["a"])[0] == second
 
 
 def test_a_named_folder_grows_but_takes_no_run_and_no_stranger(tmp_path):
@@ -90,7 +96,7 @@ def test_a_named_folder_grows_but_takes_no_run_and_no_stranger(tmp_path):
     Status(named.status, hash).set("FINISHED")
     assert claim_sweep(tmp_path, ["a", "b"], path=tmp_path / "mine")[0] == named
     Status(named.status, hash).set("FINISHED")
-    with pytest.raises(FolderRefused):
+    with pytest.raises(FolderRefused, match=r"^a new folder: resume=never starts anew, and this one holds a sweep$"):
         claim_sweep(tmp_path, ["a"], path=tmp_path / "mine", resume="never")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from lightning_opt import training
 from lightning_opt.callbacks import Export, Memory, Stability, Throughput
 from lightning_opt.job.outcomes import Outcome, outcome_of
 from lightning_opt.job.ranks import start_ranks
-from lightning_opt.plan import Place
+from lightning_opt.plan import ConfigError, Place
 from lightning_opt.run_folder import RunFolder, read_metrics
 
 EAGER = {"max_grad_norm": 0.5, "implementation": "eager"}
@@ -94,7 +95,10 @@ def rank_work(order: dict[str, Any], folder: RunFolder | None, status: Any, here
         with training.joined(here, {**TRAINER, "devices": here.world_size}) as group:
             for way in order["ways"]:
                 for case in order["cases"]:
-                    fit(folder.path / way / case, case, here.world_size, group, strategy=way, **order["trainer"])
+                    with warnings.catch_warnings(record=True) as said:
+                        warnings.simplefilter("always")
+                        fit(folder.path / way / case, case, here.world_size, group, strategy=way, **order["trainer"])
+                    assert not [warning for warning in said if "sync_dist" in str(warning.message)]
         return Outcome()
     except BaseException as error:
         outcome = outcome_of(error, 0)
@@ -219,3 +223,31 @@ def test_compiled_ranks_train_too(tmp_path: Path, compile: str) -> None:
     for way in WAYS:
         losses = read_metrics(tmp_path / "two" / way / "adamw-20" / "metrics.csv")["train/loss"]
         assert losses == pytest.approx(alone, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_bfloat16_ranks_train_alike(tmp_path: Path) -> None:
+    """Loosely: FSDP2 casts every weight, autocast only what multiplies."""
+    two_processes(tmp_path / "two", ["adamw-20"], precision="bf16-mixed")
+    fit(tmp_path / "one", "adamw-20", 1, precision="bf16-mixed")
+    alone = read_metrics(tmp_path / "one" / "metrics.csv")["train/loss"]
+    for way in WAYS:
+        losses = read_metrics(tmp_path / "two" / way / "adamw-20" / "metrics.csv")["train/loss"]
+        assert losses == pytest.approx(alone, rel=2e-2)
+
+
+def test_what_passes_between_layers_is_said() -> None:
+    chosen = [training.choose_precision("bf16-mixed", "cpu", way) for way in ("auto", "ddp", "fsdp")]
+    assert [name for name, _ in chosen] == ["bf16-mixed"] * 3
+    assert ["bfloat16 too" in why for _, why in chosen] == [False, False, True]
+
+
+def test_fewer_gpus_than_ranks_under_srun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match=r"so many GPUs does torch see here$"):
+        training.choose_device("gpu", 2)
+    for name, value in {"STEP_NUM_TASKS": "2", "PROCID": "0", "LOCALID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    with pytest.raises(ConfigError, match="--gpus-per-node or --gpu-bind=none"):
+        training.choose_device("gpu", 2)

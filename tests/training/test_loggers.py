@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
 import sys
 import threading
 import time
@@ -15,11 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers.logger import Logger
 
 from lightning_opt import models, optim, training
 from lightning_opt.job import stages
-from lightning_opt.plan import RunPlan
+from lightning_opt.plan import Place, RunPlan
 from lightning_opt.run_folder import RunFolder, Status, read_metrics
 from lightning_opt.training import GuardedLogger, loggers, wandb_logger
 
@@ -136,9 +138,48 @@ def test_one_that_hangs_holds_nothing_up(
     assert record.getMessage().startswith("logger mine: ")
 
 
-def test_other_ranks_make_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loggers.rank_zero_only, "rank", 1)
-    use(GuardedLogger("mine", raiser(AssertionError("made"))))
+HELD = """
+import atexit, threading
+from lightning_opt.job import leave
+from lightning_opt.training import GuardedLogger
+
+def make():
+    atexit.register(threading.Event().wait)
+    threading.Event().wait()
+
+logger = GuardedLogger("mine", make, start_s=0.1, end_s=0.1)
+logger.close()
+print("said", end="")
+leave(3)
+"""
+
+
+FREE = """
+import atexit
+from lightning_opt.job import leave
+
+atexit.register(print, "said", end="")
+leave(3)
+"""
+
+
+@pytest.mark.parametrize("script", [HELD, FREE], ids=["held", "free"])
+def test_one_that_hangs_does_not_hold_the_process(repository: Path, script: str) -> None:
+    """Exit hooks are left out only then."""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=repository, stdout=subprocess.PIPE, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (3, "said")
+
+
+def test_ranks_are_ours_to_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """RANK=1 in the environment of a run of its own: nothing else writes its files."""
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    inner = Recorder()
+    assert set(fit(tmp_path, [GuardedLogger("mine", lambda: inner)])["step"]) == {1, 2, 3, 4, 5}
+    assert inner.told
+    with training.joined(Place(), {"accelerator": "cpu", "devices": 1, "num_nodes": 1}):
+        assert rank_zero_only.rank == 0  # which loggers of Lightning's ask
 
 
 def test_a_run_tells_its_configuration_once_and_no_secret(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
