@@ -32,7 +32,7 @@ class Cell:
 
     @property
     def losses(self) -> list[float]:
-        """Final validation losses, nats per token, one for each seed: the same run twice tells nothing of the spread."""
+        """Final validation losses, nats per token, one for each seed: a run done twice tells no spread."""
         by_seed = {
             job.run.config.get("seed", f"job {index}"): job.loss
             for index, job in enumerate(self.jobs)
