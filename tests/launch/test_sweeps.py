@@ -37,6 +37,8 @@ class Sweep:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            # a background shell hands down an ignored Ctrl-C
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         self.family: set[psutil.Process] = set()
 
