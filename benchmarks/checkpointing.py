@@ -24,15 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
+from benchmarks import presets
 from benchmarks.record import Page, Table, keep, machine
 from benchmarks.turns import spread
 from lightning_opt import models
 from lightning_opt.models import logits_cross_entropy
 
-CONF = Path(__file__).resolve().parents[1] / "conf" / "model"
 MODES, LOSSES = ("off", "every_2", "full"), ("all logits", "chunks")
 
 
@@ -60,8 +59,7 @@ class Task:
         """A fresh model on the device."""
         torch.manual_seed(0)
         config = {**self.shape, "activation_checkpointing": self.mode}
-        with torch.device(_device()):
-            return models.build(config, vocab_size=self.shape["vocab_size"], instantiate=_instantiate)
+        return presets.build(config, _device())
 
     def tokens(self) -> tuple[Tensor, Tensor]:
         """Inputs and labels."""
@@ -82,12 +80,10 @@ class Task:
 def main() -> None:
     args = _arguments()
     where = machine()
-    shape = yaml.safe_load((CONF / f"{args.model}.yaml").read_text(encoding="utf-8"))
-    if "num_kv_heads" in shape:
-        shape["num_kv_heads"] = None
-    shape |= {"num_layers": args.layers} if args.layers else {}
+    changes: dict[str, Any] = {"num_layers": args.layers} if args.layers else {}
     if args.quick:
-        shape |= {"num_layers": 4, "hidden_size": 64, "num_heads": 2, "intermediate_size": 256, "vocab_size": 16384}
+        changes = {"num_layers": 4, "hidden_size": 64, "num_heads": 2, "intermediate_size": 256, "vocab_size": 16384}
+    shape = presets.preset(args.model, **changes)
     task = Task(shape, args.batch, min(args.length, shape["context_length"]), threads=torch.get_num_threads())
     ways = [replace(task, mode=mode, loss=loss) for loss in LOSSES for mode in args.modes]
     memory: list[int | None] = []
@@ -180,7 +176,7 @@ def _rows(ways: list[Task], memory: list[int | None], seconds: list[list[float] 
 def _in_fresh_process(function: Callable[[Task], Any], task: Task) -> Any:
     """The function's answer, from a process in which only the imports were done before."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.record", "lightning_opt.models.dense", "lightning_opt.models.loss"])
+    context.set_forkserver_preload(["benchmarks.presets", "lightning_opt.models.dense", "lightning_opt.models.loss"])
     with context.Pool(1) as pool:
         return pool.apply(function, (task,))
 
@@ -197,11 +193,6 @@ def _seconds(do: Callable[[], None]) -> float:
     return clock() - start
 
 
-def _instantiate(config: dict[str, Any]) -> nn.Module:
-    config = dict(config)
-    return getattr(models, config.pop("_target_").rpartition(".")[2])(**config)
-
-
 def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -209,8 +200,7 @@ def _device() -> str:
 def _arguments() -> argparse.Namespace:
     on_gpu = _device() == "cuda"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    presets = sorted(file.stem for file in CONF.glob("*.yaml") if file.stem != "hf")
-    parser.add_argument("--model", default="llama_130m", choices=presets)
+    parser.add_argument("--model", default="llama_130m", choices=presets.names())
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--layers", type=int, help="instead of the model's own")
     parser.add_argument("--batch", type=int, default=4 if on_gpu else 1, help="sequences")

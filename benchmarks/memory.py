@@ -25,20 +25,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks import presets
 from benchmarks.record import Page, Table, keep, machine
 
 ROOT = Path(__file__).resolve().parents[1]
-MODELS: dict[str, dict[str, int]] = {
-    "nano": {"hidden_size": 128, "num_layers": 4, "num_heads": 4, "intermediate_size": 352, "vocab_size": 2048},
-    "27M": {"hidden_size": 512, "num_layers": 6, "num_heads": 8, "intermediate_size": 1408, "vocab_size": 16384},
-    "llama_130m": {
-        "hidden_size": 512,
-        "num_layers": 32,
-        "num_heads": 8,
-        "intermediate_size": 2048,
-        "vocab_size": 128256,
-    },
-}
 BATCHES = {"nano": (2, 128), "27M": (2, 256), "llama_130m": (1, 4096)}
 # bytes of state per weight; AdamW keeps its second moment in float32
 STATE = {"torch-adamw": 8, "adamw": 8, "adamw-bfloat16": 6, "lion": 4, "lion-bfloat16": 2}
@@ -91,10 +81,10 @@ def train(name: str, model_name: str, device: str, meter: Meter) -> dict[str, in
 
     batch, length = BATCHES[model_name]
     torch.manual_seed(0)
-    with torch.device(device):
-        model = models.llama(**MODELS[model_name], context_length=length).train()
+    config = presets.preset(model_name)
+    model = presets.build(config, device)
     optimizer = make_optimizer(name, model)
-    tokens = torch.randint(0, MODELS[model_name]["vocab_size"], (batch, length + 1), device=device)
+    tokens = torch.randint(0, config["vocab_size"], (batch, length + 1), device=device)
     for step in range(STEPS):
         if step == STEPS - 1:
             meter.reset()
@@ -150,7 +140,7 @@ def main() -> None:
     """Measures each optimizer in a process of its own, prints and keeps."""
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=list(MODELS), default=None)
+    parser.add_argument("--model", choices=list(BATCHES), default=None)
     parser.add_argument("--optimizers", nargs="+", choices=list(STATE), default=None)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
     parser.add_argument("--quick", action="store_true", help="nano, two optimizers")

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks import presets
 from benchmarks.record import machine
 
 WARMUP = 3  # optimizer steps: compilation, autotuning, the optimizer's first state
@@ -114,17 +115,6 @@ def configuration(args: argparse.Namespace, optimizer: str, compiles: str = "off
         return plan.normalised(plain_config(composer.compose(overrides)))
 
 
-def build_model(config: dict[str, Any], device: str) -> Any:
-    """The model with fresh weights, made on the device: drawing a billion numbers on a CPU takes minutes."""
-    import torch
-
-    from lightning_opt import models
-    from lightning_opt.launch.task import instantiate
-
-    with torch.device(device):
-        return models.build(config["model"], vocab_size=config["model"]["vocab_size"], instantiate=instantiate)
-
-
 def flops_per_token(model: Any, length: int) -> int:
     """Training FLOPs of one token, the output head counted."""
     from lightning_opt import anatomy, plan
@@ -148,7 +138,7 @@ def ours(args: argparse.Namespace, optimizer: str, compiles: str, marks: Marks) 
     config = configuration(args, optimizer, compiles)
     plan, trainer = check(config), config["trainer"]
     training.prepare(config["seed"], None)
-    model = build_model(config, args.device)
+    model = presets.build(config["model"], args.device)
     flops = flops_per_token(model, plan.sequence_length)
     built = optim.build(model, config["optimizer"])
     vocabulary = config["model"]["vocab_size"]
@@ -214,7 +204,7 @@ def trainer(args: argparse.Namespace, compiles: bool, marks: Marks) -> dict[str,
     config = configuration(args, "adamw")
     plan = check(config)
     training.prepare(config["seed"], None)
-    model = build_model(config, args.device)
+    model = presets.build(config["model"], args.device)
     losses: list[float] = []
 
     class Stop(TrainerCallback):

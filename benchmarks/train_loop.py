@@ -39,6 +39,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from benchmarks import presets
 from benchmarks.record import Page, Table, keep, machine
 from benchmarks.turns import Body, Spent, Turns, alternate, spread
 from lightning_opt import data, models, optim, training
@@ -47,18 +48,6 @@ from lightning_opt.optim import schedules
 from lightning_opt.plan import RunPlan
 from lightning_opt.run_folder import RunFolder, Status
 
-SHAPES: dict[str, dict[str, int]] = {
-    "femto": {"hidden_size": 48, "num_layers": 3, "num_heads": 2, "intermediate_size": 132, "vocab_size": 1024},
-    "nano": {"hidden_size": 128, "num_layers": 4, "num_heads": 4, "intermediate_size": 352, "vocab_size": 2048},
-    "wide": {"hidden_size": 256, "num_layers": 6, "num_heads": 4, "intermediate_size": 704, "vocab_size": 4096},
-    "llama_130m": {
-        "hidden_size": 512,
-        "num_layers": 32,
-        "num_heads": 8,
-        "intermediate_size": 2048,
-        "vocab_size": 128256,
-    },
-}
 BATCHES = {"femto": (2, 64), "nano": (3, 256), "wide": (4, 256), "llama_130m": (4, 4096)}  # sequences, tokens
 ADAMW = {"name": "adamw", "lr": 1e-3, "weight_decay": 0.1, "betas": [0.9, 0.95], "max_grad_norm": 1.0}
 LINEAR = {"name": "linear", "warmup": 10, "min_ratio": 0.0}
@@ -240,11 +229,11 @@ def measure(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]
     """One model; a row of the table."""
     batch, length = args.batch or BATCHES[name][0], args.length or BATCHES[name][1]
     torch.manual_seed(0)
-    with torch.device(args.device):
-        model = models.llama(**SHAPES[name], context_length=length)
+    config = presets.preset(name)
+    model = presets.build(config, args.device)
     setting = Setting(
         model=model,
-        sequences=sequences(folder, SHAPES[name]["vocab_size"], length),
+        sequences=sequences(folder, config["vocab_size"], length),
         batch=batch,
         length=length,
         steps=(args.rounds + args.warm) * args.block + 1,
@@ -275,7 +264,7 @@ def row(name: str, setting: Setting, spent: dict[str, list[Spent]], block: int) 
 def arguments() -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=None)
+    parser.add_argument("--models", nargs="+", choices=list(BATCHES), default=None)
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
     parser.add_argument("--rounds", type=int, default=20, help="blocks of each contender that count (20)")
     parser.add_argument("--warm", type=int, default=2, help="blocks before that do not (2)")

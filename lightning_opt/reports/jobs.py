@@ -20,7 +20,7 @@ from lightning_opt.reports import quantities as q
 from lightning_opt.reports.findings import optimizer_name, spelled
 from lightning_opt.reports.reading import Run, override_key, read
 from lightning_opt.reports.secrets import clean, clean_text
-from lightning_opt.run_folder import RunFolder, SweepFolder, config_hash, owner_is_gone, read_json, short_names
+from lightning_opt.run_folder import RunFolder, SweepFolder, config_hash, owner_is_gone, short_names
 
 log = logging.getLogger("lightning_opt.reports")
 
@@ -121,7 +121,7 @@ def of_sweep(folder: Path) -> Comparison:
     sweep, trouble, command = SweepFolder(folder), "", ""
     try:
         asked = [(job.folder.path, job.overrides) for job in sweep.jobs()]
-        command = clean_text(str(read_json(sweep.sweep).get("command") or ""))
+        command = clean_text(sweep.command)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         log.warning("sweep.json of %s cannot be read: %s", folder, error)
         asked = []

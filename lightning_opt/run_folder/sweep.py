@@ -69,6 +69,11 @@ class SweepFolder:
     report_md = property(lambda self: self.path / "report.md", doc="The comparison as Markdown.")
     table = property(lambda self: self.path / "sweep.csv", doc="One row per job.")
 
+    @property
+    def command(self) -> str:
+        """The newest command line that asked for jobs."""
+        return str(read_json(self.sweep).get("command") or "")
+
     def jobs(self) -> list[SweepJob]:
         """The jobs of ``sweep.json``, in order."""
         return [
