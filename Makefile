@@ -10,12 +10,13 @@ BIN     := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 INPUTS  := pyproject.toml constraints.txt
 
-.PHONY: train test test-slow lint install clean help
+.PHONY: train test test-slow faults lint install clean help
 
 help:
 	@echo "make train [ARGS=\"optimizer=lion\"]   install what a run needs and train the default model"
 	@echo "make test                            install what the tests need and run them"
 	@echo "make test-slow                       the thorough tier, minutes each"
+	@echo "make faults                          every fault a run must survive, injected: one line each"
 	@echo "make lint                            ruff and the import floors"
 	@echo "make clean                           remove $(VENV)"
 
@@ -27,6 +28,9 @@ test: $(VENV)/test.stamp
 
 test-slow: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -m slow
+
+faults: $(VENV)/test.stamp
+	$(BIN)/python -m pytest --faults tests/faults tests
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports

@@ -1,7 +1,7 @@
 """How much memory does a whole training step take, and how much of it is the optimizer's?
 
     python -m benchmarks.memory            27M parameters on a CPU, llama_130m on a GPU; a minute
-    python -m benchmarks.memory --quick    nano: does it run here?
+    python -m benchmarks.memory --quick    nano and a smaller vocabulary: does it run here?
 
 Every optimizer trains the same model for a few steps in a process of its own. Measured is the peak within one whole
 step (zero_grad, forward, backward, clipping, update), after steps that made the optimizer's state: on a GPU what
@@ -9,6 +9,9 @@ tensors held (`torch.cuda.max_memory_allocated`), on a CPU the highest resident 
 /proc/self/clear_refs) over that of the process before the model was built. Weights, gradients and states are the bytes
 of those tensors; *rest* is what else the peak holds: activations, logits, temporaries, the allocator's waste.
 *expected* is arithmetic: 4 bytes for each float32 weight, gradient and state.
+
+Then the loss alone, forward and backward, each way in a process of its own: `linear_cross_entropy`, which holds a few
+rows of logits at a time, and the same from all logits at once.
 """
 
 from __future__ import annotations
@@ -32,6 +35,9 @@ ROOT = Path(__file__).resolve().parents[1]
 BATCHES = {"nano": (2, 128), "27M": (2, 256), "llama_130m": (1, 4096)}
 # bytes of state per weight; AdamW keeps its second moment in float32
 STATE = {"torch-adamw": 8, "adamw": 8, "adamw-bfloat16": 6, "lion": 4, "lion-bfloat16": 2}
+LOSSES = {"loss-chunked": "a few rows of logits at a time", "loss-whole": "all logits at once"}
+LOSS_TOKENS = 4096
+LOSS_HEADS = {"nano": (16384, 128)}  # vocabulary and hidden size of --quick; else llama_130m's
 STEPS = 3
 PART_LIMIT_S = 300
 # glibc gives back what is freed, so that what is resident is what is used
@@ -107,14 +113,42 @@ def train(name: str, model_name: str, device: str, meter: Meter) -> dict[str, in
     }
 
 
-def part(name: str, model: str, device: str) -> None:
-    """One optimizer; prints a JSON line."""
-    meter = Meter(device)
-    train(name, "nano", device, meter)  # libraries and kernels are loaded now
-    gc.collect()
+def lose(name: str, vocabulary: int, size: int, device: str, meter: Meter) -> dict[str, int]:
+    """The loss of random hidden states and its gradients; the peak beside those states and the weight."""
+    from lightning_opt.models.chunked import linear_cross_entropy, logits_cross_entropy
+
+    torch.manual_seed(0)
+    hidden, weight = (
+        torch.randn(rows, size, device=device).mul_(0.02).requires_grad_() for rows in (LOSS_TOKENS, vocabulary)
+    )
+    targets = torch.randint(vocabulary, (LOSS_TOKENS,), device=device)
+    meter.reset()
     before = meter.now()
-    found = train(name, model, device, meter)
-    found["peak"] -= before
+    with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
+        if name == "loss-chunked":
+            loss = linear_cross_entropy(hidden, weight, None, targets)[0]
+        else:
+            loss = logits_cross_entropy(nn.functional.linear(hidden, weight), targets)[0]
+    loss.backward()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return {"peak": meter.peak() - before, "tokens": LOSS_TOKENS, "vocabulary": vocabulary, "hidden size": size}
+
+
+def part(name: str, model: str, device: str) -> None:
+    """One optimizer, or one way to the loss; prints a JSON line."""
+    meter = Meter(device)
+    if name in LOSSES:
+        lose(name, 512, 64, device, meter)  # libraries and kernels are loaded now
+        gc.collect()
+        head = presets.preset("llama_130m")
+        found = lose(name, *LOSS_HEADS.get(model, (head["vocab_size"], head["hidden_size"])), device, meter)
+    else:
+        train(name, "nano", device, meter)
+        gc.collect()
+        before = meter.now()
+        found = train(name, model, device, meter)
+        found["peak"] -= before
     print(json.dumps(found))
 
 
@@ -136,8 +170,15 @@ def row(name: str, found: dict[str, int], baseline: dict[str, int]) -> dict[str,
     }
 
 
+def loss_row(name: str, found: dict[str, int]) -> dict[str, Any]:
+    shape = {key: found[key] for key in ("tokens", "vocabulary", "hidden size")}
+    logits = 4 * found["tokens"] * found["vocabulary"]
+    mib = {"peak MiB": found["peak"], "all logits in float32": logits}
+    return {"logits": LOSSES[name], **shape, **{key: round(value / 2**20) for key, value in mib.items()}}
+
+
 def main() -> None:
-    """Measures each optimizer in a process of its own, prints and keeps."""
+    """Measures each optimizer and each way to the loss in a process of its own, prints and keeps."""
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(BATCHES), default=None)
@@ -145,14 +186,14 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
     parser.add_argument("--quick", action="store_true", help="nano, two optimizers")
     parser.add_argument("--out", type=Path, default=None, help="folder (benchmarks/results)")
-    parser.add_argument("--part", choices=list(STATE), default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--part", choices=[*STATE, *LOSSES], default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
     model = args.model or ("nano" if args.quick else "llama_130m" if args.device == "cuda" else "27M")
     if args.part:
         part(args.part, model, args.device)
         return
     where, found = machine(), {}
-    for name in args.optimizers or (["torch-adamw", "lion"] if args.quick else list(STATE)):
+    for name in [*(args.optimizers or (["torch-adamw", "lion"] if args.quick else STATE)), *LOSSES]:
         words = [sys.executable, "-m", "benchmarks.memory", "--part", name, "--model", model, "--device", args.device]
         done = subprocess.run(
             words, capture_output=True, text=True, timeout=PART_LIMIT_S, cwd=ROOT, env={**os.environ, **MALLOC}
@@ -170,14 +211,19 @@ def keep_found(
     """Keeps the page of what was measured so far."""
     first = next(iter(found.values()))
     batch, length = BATCHES[model]
+    kind = "bf16-mixed" if args.device == "cuda" else "float32"
     note = (
-        f"{model}: {first['parameters']:,} parameters, {batch} sequences of {length} tokens, "
-        f"{'bf16-mixed' if args.device == 'cuda' else 'float32'}; MiB. *less* compares with the first row."
+        f"{model}: {first['parameters']:,} parameters, {batch} sequences of {length} tokens, {kind}; MiB. "
+        "*less* compares with the first row."
     )
-    table = Table("Peak of a training step", [row(name, each, first) for name, each in found.items()], note)
-    about = "Each optimizer in a fresh process; what is counted is said in the module's text."
+    steps = [row(name, each, first) for name, each in found.items() if name not in LOSSES]
+    tables = [Table("Peak of a training step", steps, note)]
+    if losses := [loss_row(name, each) for name, each in found.items() if name in LOSSES]:
+        note = f"Forward and backward in {kind}, beside the hidden states and the head's weight, with their gradients."
+        tables.append(Table("Peak of the loss alone", losses, note))
+    about = "Each row in a fresh process; what is counted is said in the module's text."
     keep(
-        Page("memory", "Memory of a training step", about, [table]),
+        Page("memory", "Memory of a training step", about, tables),
         where,
         args.out,
         suffix="-quick" if args.quick else "",

@@ -15,8 +15,8 @@ after 3 steps that do not count.
 
 MFU = tokens/s x FLOPs per token / the device's dense bf16 peak, FLOPs per token = 6 N + 12 L h s + 6 h V: the head
 counted, recomputation not, attention not halved for causality (PaLM, arXiv 2204.02311, appendix B; `plan/flops.py`,
-`callbacks/device_peaks.py`). Finished parts are kept in `mfu-parts.json` in the output folder and not run again
-(`--again` does); the page shows all of them.
+`callbacks/device_peaks.py`). Finished parts, and failed ones with the reason, are kept in `mfu-parts.json` in the
+output folder and not run again (`--again` does); the page shows all of them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MODELS = ("llama_130m", "llama_300m", "llama_520m", "llama_1_2b")
 ROOT = Path(__file__).resolve().parents[1]
 GOALS = {"llama_130m": 0.33, "llama_300m": 0.38, "llama_520m": 0.43, "llama_1_2b": 0.47}  # one H100, sequence 4096
 # ours-<optimizer>[-<trainer.compile>], or transformers' Trainer as it comes or compiled
-CONTENDERS = ("ours-adamw", "trainer-compiled", "trainer", "ours-lion", "ours-adamw-model", "ours-adamw-off")
+CONTENDERS = ("ours-adamw", "trainer", "trainer-compiled", "ours-lion", "ours-adamw-model", "ours-adamw-off")
 # Sequences of 4096 that should fit into 80 GB: ours by 40 bytes of activations per hidden unit, layer and token; the
 # Trainer keeps twice that and 14 bytes of logits and their gradients per token and vocabulary entry.
 MICRO_BATCH = {"llama_130m": (16, 4), "llama_300m": (8, 4), "llama_520m": (8, 2), "llama_1_2b": (4, 2)}
@@ -73,9 +73,9 @@ def run_part(args: argparse.Namespace, model: str, part: str) -> dict[str, Any] 
 
 def page(rows: dict[str, dict[str, Any]]) -> Page:
     """All parts so far."""
-    table = []
+    table, failed = [], [row for row in rows.values() if "failed" in row]
+    rows = {key: row for key, row in rows.items() if "failed" not in row}
     for row in sorted(rows.values(), key=lambda row: (row["flops_per_token"], CONTENDERS.index(row["contender"]))):
-        rival = faster_trainer(rows, row["model"]) if row["contender"].startswith("ours") else None
         goal = GOALS.get(row["model"]) if row["contender"].startswith("ours") else None
         gib = row["peak_gib"]
         table.append(
@@ -85,8 +85,7 @@ def page(rows: dict[str, dict[str, Any]]) -> Page:
                 "tokens/s": f"{row['tokens_per_s']:,.0f}",
                 "MFU %": row["mfu"] and f"{100 * row['mfu']:.1f}",
                 "goal %": goal and f"{100 * goal:.0f}",
-                "against the faster Trainer": rival
-                and f"{row['tokens_per_s'] / rival['tokens_per_s']:.2f}x ({rival['contender']})",
+                "against the faster Trainer": against_trainer(rows, row),
                 "step ms (10-90 %)": f"{row['step_ms']:.0f} ({row['step_ms_p10']:.0f}-{row['step_ms_p90']:.0f})",
                 **{name: shown(row.get(f"{name}_ms")) for name in ("data", "forward_backward", "optimizer", "other")},
                 "peak GiB": gib and f"{gib:.1f}",
@@ -103,13 +102,22 @@ def page(rows: dict[str, dict[str, Any]]) -> Page:
         "other) are means per step, in ms; the batch is sequences per optimizer step = micro-batches x sequences."
     )
     about = "MFU with the output head counted and recomputation not; what is compared and how is said in the module."
-    return Page("mfu", "Model FLOPs utilisation", about, [Table("Training speed", table, note)])
+    tables = [Table("Training speed", table, note)] if table else []
+    if failed:
+        why = [{"model": row["model"], "contender": row["contender"], "why": row["failed"]} for row in failed]
+        tables.append(Table("Not measured", why))
+    return Page("mfu", "Model FLOPs utilisation", about, tables)
 
 
-def faster_trainer(rows: dict[str, dict[str, Any]], model: str) -> dict[str, Any] | None:
-    """The faster of `trainer` and `trainer-compiled` among those measured."""
-    rivals = [row for row in rows.values() if row["model"] == model and row["contender"].startswith("trainer")]
-    return max(rivals, key=lambda row: row["tokens_per_s"], default=None)
+def against_trainer(rows: dict[str, dict[str, Any]], row: dict[str, Any]) -> str | None:
+    """Ours over the faster Trainer among those measured, and which was not; None for a Trainer, or without any."""
+    rivals = {name: rows.get(f"{row['model']} {name}") for name in ("trainer", "trainer-compiled")}
+    measured = {name: rival["tokens_per_s"] for name, rival in rivals.items() if rival}
+    if not row["contender"].startswith("ours") or not measured:
+        return None
+    faster = max(measured, key=lambda name: measured[name])
+    missing = "".join(f"; {name}: not measured" for name in rivals if name not in measured)
+    return f"{row['tokens_per_s'] / measured[faster]:.2f}x ({faster}{missing})"
 
 
 def shown(milliseconds: float | None) -> str | None:
@@ -164,17 +172,19 @@ def main() -> int:
         for model in args.models:
             key = f"{model} {part}"
             if key in rows and not args.again:
+                if why := rows[key].get("failed"):
+                    print(f"{key}: failed before, not tried again without --again: {why}", flush=True)
                 continue
             if time.monotonic() - began > args.budget:
                 print(f"{key}: left for another time (the budget of {args.budget:.0f} s is spent)", flush=True)
                 continue
             row = run_part(args, model, part)
+            rows[key] = {"model": model, "contender": part, "failed": row} if isinstance(row, str) else row
+            kept.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
             if isinstance(row, str):
                 failed = True
                 print(f"{key}: FAILED: {row}", flush=True)
                 continue
-            rows[key] = row
-            kept.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
             used = f", MFU {100 * row['mfu']:.1f} %" if row["mfu"] else ""
             print(f"{key}: {row['tokens_per_s']:,.0f} tokens/s{used}", flush=True)
     if rows:

@@ -125,10 +125,32 @@ def flops_per_token(model: Any, length: int) -> int:
     return plan.flops_per_token(active, shape.num_hidden_layers, shape.hidden_size, length, shape.vocab_size)
 
 
-def ours(args: argparse.Namespace, optimizer: str, compiles: str, marks: Marks) -> dict[str, Any]:
-    """`training.fit` with one of our optimizers. Returns what was found besides the marks."""
+def stop_at(marks: Marks, args: argparse.Namespace) -> Any:
+    """The callback that ends our part."""
     import lightning.pytorch as pl
 
+    class Stop(pl.Callback):
+        """Marks the steps; the last of the callbacks, so that a step holds what they do."""
+
+        steps = 0
+
+        def on_train_start(self, *_: Any) -> None:
+            marks.begin()
+
+        def on_train_batch_end(self, fitter: pl.Trainer, *_: Any) -> None:
+            if fitter.global_step != self.steps:
+                self.steps = fitter.global_step
+                fitter.should_stop = marks.step()
+                if args.profile and self.steps == WARMUP:
+                    start_profile(self)
+                elif args.profile and self.steps == WARMUP + 1:
+                    end_profile(self, args)
+
+    return Stop()
+
+
+def ours(args: argparse.Namespace, optimizer: str, compiles: str, marks: Marks) -> dict[str, Any]:
+    """`training.fit` with one of our optimizers. Returns what was found besides the marks."""
     from lightning_opt import optim, training
     from lightning_opt.callbacks import Memory, Stability, Throughput
     from lightning_opt.optim import schedules
@@ -152,25 +174,7 @@ def ours(args: argparse.Namespace, optimizer: str, compiles: str, marks: Marks) 
         micro_batches=plan.max_steps * plan.accumulate,
         val_sequences=0,
     )
-
-    class Stop(pl.Callback):
-        """Marks the steps; the last of the callbacks, so that a step holds what they do."""
-
-        steps = 0
-
-        def on_train_start(self, *_: Any) -> None:
-            marks.begin()
-
-        def on_train_batch_end(self, fitter: pl.Trainer, *_: Any) -> None:
-            if fitter.global_step != self.steps:
-                self.steps = fitter.global_step
-                fitter.should_stop = marks.step()
-                if args.profile and self.steps == WARMUP:
-                    start_profile(self)
-                elif args.profile and self.steps == WARMUP + 1:
-                    end_profile(self, args)
-
-    callbacks = [Memory(), Stability(), Throughput(flops_per_token=flops, warmup_steps=WARMUP), Stop()]
+    callbacks = [Memory(), Stability(), Throughput(flops_per_token=flops, warmup_steps=WARMUP), stop_at(marks, args)]
     with tempfile.TemporaryDirectory() as name:
         folder = RunFolder(Path(name))
         with Status(folder.status, "0" * 8) as status:

@@ -10,8 +10,8 @@ yardsticks write what they read; a copy would look 1.5 times slower.
 
 Peers that are not installed are named above the table (extra `peers`): pip install --no-deps lion-pytorch
 pytorch_optimizer torch-optimi bitsandbytes. A contender that clears its gradients is left out: without them a step
-costs nothing. One that overwrites them is named so and gets them back after each step, untimed. First steps start from
-an empty compile cache.
+costs nothing. One that overwrites them is named so and gets them back after each step, untimed. The first step is
+timed with the making of the optimizer, since some compile there; each table starts from empty compile caches.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ YARDSTICK = "torch AdamW fused"
 ABOUT = (
     "`cpu` is the process's CPU time over its threads (on CUDA: `gpu`, time between events), `wall` the clock; both as "
     "multiples of the floor, medians over rounds with the 10 to 90 % spread. `/ flat` is wall against the flat stream, "
-    "`/ fused` against torch's fused AdamW in the same round. The floors are explained at the top of the module. "
+    "`/ fused` against torch's fused AdamW in the same round, `/ peer` against the fastest peer of its rule (named "
+    "above the table) in the same round, with the 10 to 90 % spread. `first step s` holds the making of the optimizer "
+    "and what is compiled for it, from empty caches. The floors are explained at the top of the module. "
     + ("The machine was quiet." if os.environ["GOMP_SPINCOUNT"] == "300000" else "The machine was shared: read `cpu`.")
 )
 
@@ -62,7 +64,7 @@ class Setting:
     vocabulary: int
     context: int
     rounds: int
-    slow: bool = True  # also the ways nobody would use at this size
+    slow: bool = True  # also the ways of many small calls
 
     def shapes(self) -> list[tuple[int, ...]]:
         """Fused qkv, biases, two norms with bias per layer."""
@@ -83,6 +85,7 @@ class Contender:
     """Something that steps, and what was measured of it."""
 
     name: str
+    rule: str
     make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
     slow: bool = False
     compiles: bool = False
@@ -95,6 +98,16 @@ class Contender:
     own: list[tuple[float, float]] = field(default_factory=list)  # (busy, wall) per round, seconds
     floor: list[tuple[float, float]] = field(default_factory=list)
 
+    @property
+    def ours(self) -> bool:
+        """Whether it is one of this repository's."""
+        return self.name.startswith("ours")
+
+    @property
+    def wall(self) -> float:
+        """Median seconds of a step by the clock."""
+        return statistics.median(wall for _, wall in self.own)
+
 
 def ours(dtype: torch.dtype) -> Iterator[Contender]:
     """Every implementation of every optimizer of ours; with narrow state too where the weights are narrow."""
@@ -106,15 +119,15 @@ def ours(dtype: torch.dtype) -> Iterator[Contender]:
                     continue  # torch's kernel takes one dtype only, and our second moment stays float32
                 label = f"ours {name} {way}" + (f", {state} state" if dtype == torch.bfloat16 else "")
                 keys = {"implementation": way, "state_dtype": state, **SETTINGS}
-                yield Contender(label, lambda p, c=cls, k=keys: c(p, **k), slow=way == "eager")
+                yield Contender(label, name, lambda p, c=cls, k=keys: c(p, **k), slow=way == "eager")
 
 
 def torchs() -> Iterator[Contender]:
     """torch.optim.AdamW in all its ways."""
     for label, keys in {"default": {}, "foreach": {"foreach": True}, "fused": {"fused": True}}.items():
         make = lambda p, k=keys: torch.optim.AdamW(p, **SETTINGS, **k)  # noqa: E731
-        yield Contender(f"torch AdamW {label}", make, slow=label == "default")
-    yield Contender("torch AdamW compiled", _torch_compiled, compiles=True)
+        yield Contender(f"torch AdamW {label}", "adamw", make, slow=label == "default")
+    yield Contender("torch AdamW compiled", "adamw", _torch_compiled, compiles=True)
 
 
 def _torch_compiled(params: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -139,7 +152,7 @@ def peers(device: str) -> Iterator[Contender]:
     for keys in ({"foreach": False}, {"foreach": True}):
         word = "foreach" if keys["foreach"] else "for-loop"
         yield from _peer("pytorch_optimizer", "Lion", f"pytorch-optimizer Lion {word}", keys, slow=word == "for-loop")
-    yield Contender("pytorch-optimizer Lion compiled", _pytorch_optimizer_compiled, compiles=True)
+    yield Contender("pytorch-optimizer Lion compiled", "lion", _pytorch_optimizer_compiled, compiles=True)
 
 
 def _peer(module: str, cls: str, name: str, keys: dict[str, Any], slow: bool = False) -> Iterator[Contender]:
@@ -148,7 +161,7 @@ def _peer(module: str, cls: str, name: str, keys: dict[str, Any], slow: bool = F
             made = getattr(importlib.import_module(module), cls)
         return made(params, **SETTINGS, **keys)
 
-    yield Contender(name, make, slow=slow)
+    yield Contender(name, cls.lower(), make, slow=slow)
 
 
 def _pytorch_optimizer_compiled(params: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -186,10 +199,16 @@ def timed(work: Callable[[], object], device: str) -> tuple[float, float]:
 def prepare(contender: Contender, params: list[nn.Parameter], kept: list[Tensor], device: str) -> bool:
     """Takes the first steps; False where the contender cannot run here or clears its gradients. `kept`: copies."""
     grads = [p.grad for p in params]
+    made: list[torch.optim.Optimizer] = []
+
+    def begin() -> None:
+        made.append(contender.make(params))
+        made[0].step()
+
     try:
-        optimizer = contender.make(params)
+        _, contender.first_s = timed(begin, device)
+        [optimizer] = made
         contender.step = optimizer.step
-        _, contender.first_s = timed(contender.step, device)
         for _ in range(2):
             contender.step()
     except Exception as error:  # a peer may fail on this device or dtype in any way; the others go on
@@ -230,8 +249,13 @@ def measure(
             p.add_(g, alpha=-1e-9)
 
     every = [*ours(dtype), *torchs(), *peers(device)]
-    every = [c for c in every if (compiles or not c.compiles) and (setting.slow or not c.slow)]
-    contenders = [c for c in every if prepare(c, params, kept, device)]
+    kernels.native._library.cache_clear()  # what an earlier table compiled, and the look at what is possible
+    for c in every:
+        if c.compiles and not compiles:
+            leave_out(c, "--quick takes no time to compile it")
+        elif c.slow and not setting.slow:
+            leave_out(c, "slow by its many calls: see the smaller set")
+    contenders = [c for c in every if not c.left_out and prepare(c, params, kept, device)]
     flats = []
     stream()
     gc.disable()
@@ -246,8 +270,9 @@ def measure(
     gc.enable()
     if not all(torch.isfinite(w).all() for w in weights):
         raise RuntimeError("a contender left a weight that is not finite")
-    absent = "; ".join(f"{c.name} ({c.left_out})" for c in every if c.left_out)
-    return contenders, flats, f" Left out: {absent}." if absent else ""
+    reasons = dict.fromkeys(c.left_out for c in every if c.left_out)
+    absent = [f"{', '.join(c.name for c in every if c.left_out == why)} ({why})" for why in reasons]
+    return contenders, flats, f" Left out: {'; '.join(absent)}." if absent else ""
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:
@@ -260,6 +285,7 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
 def rows_of(contenders: list[Contender], flats: list[tuple[float, float]], width: int, busy: str) -> list[dict]:
     """One row per contender, fastest first; the streams themselves on top. `width`: bytes of a weight."""
     fused = next(c for c in contenders if c.name == YARDSTICK)
+    rivals = fastest_peers(contenders)
     rows = []
     for c in contenders:
         parts = [spread([own[k] / floor[k] * 3 * width / c.traffic for own, floor in zip(c.own, c.floor, strict=True)])
@@ -273,7 +299,9 @@ def rows_of(contenders: list[Contender], flats: list[tuple[float, float]], width
             "wall 10-90 %": f"{parts[1][0]:.2f} to {parts[1][2]:.2f}",
             "wall / flat": statistics.median(pairs),
             "wall / fused": statistics.median(a[1] / b[1] for a, b in zip(c.own, fused.own, strict=True)),
-            "wall ms": 1e3 * statistics.median(own[1] for own in c.own),
+            f"{busy} / peer": against(c, rivals.get(c.rule), 0),
+            "wall / peer": against(c, rivals.get(c.rule), 1),
+            "wall ms": 1e3 * c.wall,
             "first step s": c.first_s,
             "floor bytes": round(c.traffic, 2),
             "state bytes": round(c.state, 2),
@@ -281,12 +309,30 @@ def rows_of(contenders: list[Contender], flats: list[tuple[float, float]], width
     return sorted(rows, key=lambda row: row["wall ms"])
 
 
+def fastest_peers(contenders: list[Contender]) -> dict[str, Contender]:
+    """The peer of the shortest step by the clock, for each rule."""
+    peers = sorted((c for c in contenders if not c.ours), key=lambda c: c.wall, reverse=True)
+    return {c.rule: c for c in peers}  # the last of each rule, the fastest, stays
+
+
+def against(contender: Contender, rival: Contender | None, k: int) -> str | None:
+    """Ours over the rival in the same rounds, with its spread; `k`: 0 busy, 1 wall. None for a peer, or without one."""
+    if rival is None or not contender.ours:
+        return None
+    low, middle, high = spread([a[k] / b[k] for a, b in zip(contender.own, rival.own, strict=True)])
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
 def streams_of(contenders: list[Contender], flats: list[tuple[float, float]], params: int, width: int) -> str:
-    """How fast the two yardsticks were."""
+    """How fast the two yardsticks were, and who the fastest peers."""
     moved = 3 * width * params / 1e9
     floors = [wall for c in contenders for _, wall in c.floor]
     same, flat = moved / statistics.median(floors), moved / statistics.median(wall for _, wall in flats)
-    return f"The stream over the same tensors ran at {same:.1f} GB/s, over one flat tensor at {flat:.1f} GB/s (wall)."
+    rivals = ", ".join(f"{rival.name} for {rule}" for rule, rival in sorted(fastest_peers(contenders).items()))
+    return (
+        f"The stream over the same tensors ran at {same:.1f} GB/s, over one flat tensor at {flat:.1f} GB/s (wall). "
+        f"Fastest peers: {rivals}."
+    )
 
 
 def draw(tables: Sequence[record.Table], path: Path) -> None:
@@ -341,34 +387,38 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     where, tables = record.machine(), []
-    with tempfile.TemporaryDirectory(prefix="optimizer_step-") as cache:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.environ["TRITON_CACHE_DIR"] = cache
+    for dtype in args.dtypes:
         for name in args.sets:
-            for dtype in args.dtypes:
-                shapes = SETS[name].shapes()
-                size = sum(math.prod(shape) for shape in shapes)
-                kind = getattr(torch, dtype)
-                contenders, flats, absent = measure(SETS[name], kind, args.device, not args.quick, args.rounds)
-                rows = rows_of(contenders, flats, kind.itemsize, "gpu" if args.device == "cuda" else "cpu")
-                title = f"{name}: {size / 1e6:.2f}M parameters in {len(shapes)} tensors, {dtype}"
-                tables.append(record.Table(title, rows, streams_of(contenders, flats, size, kind.itemsize) + absent))
-                keep_tables(tables, args, where, more=True)
-                del contenders
-                torch._dynamo.reset()
-                gc.collect()
+            with tempfile.TemporaryDirectory(prefix="optimizer_step-", ignore_cleanup_errors=True) as cache:
+                os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.environ["TRITON_CACHE_DIR"] = cache
+                tables.append(table(name, dtype, args))
+            keep_tables(tables, args, where, more=True)
+            torch._dynamo.reset()
+            gc.collect()
     keep_tables(tables, args, where)
+
+
+def table(name: str, dtype: str, args: argparse.Namespace) -> record.Table:
+    """Measures one set in one dtype."""
+    shapes, kind = SETS[name].shapes(), getattr(torch, dtype)
+    size = sum(math.prod(shape) for shape in shapes)
+    contenders, flats, absent = measure(SETS[name], kind, args.device, not args.quick, args.rounds)
+    rows = rows_of(contenders, flats, kind.itemsize, "gpu" if args.device == "cuda" else "cpu")
+    title = f"{name}: {size / 1e6:.2f}M parameters in {len(shapes)} tensors, {dtype}"
+    return record.Table(title, rows, streams_of(contenders, flats, size, kind.itemsize) + absent)
 
 
 def keep_tables(
     tables: Sequence[record.Table], args: argparse.Namespace, where: dict[str, Any], more: bool = False
 ) -> None:
-    """Keeps page and plot of what was measured so far."""
+    """Keeps the page of what was measured so far, at the end with its plot."""
     suffix = "-quick" if args.quick else "-small" if args.small else ""
-    plot = f"{where['date']}-optimizer_step{suffix}.png"
+    plots = [] if more else [f"{where['date']}-optimizer_step{suffix}.png"]
     args.out.mkdir(parents=True, exist_ok=True)
-    draw(tables, args.out / plot)
+    for plot in plots:
+        draw(tables, args.out / plot)
     title = "One optimizer step against the memory's speed"
-    page = record.Page("optimizer_step", title, ABOUT, tables, [plot])
+    page = record.Page("optimizer_step", title, ABOUT, tables, plots)
     record.keep(page, where, args.out, suffix=suffix, more=more)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
+import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
@@ -80,31 +83,44 @@ def keep(page: Page, where: dict[str, Any], out: Path | None = None, *, suffix: 
         page: what was found.
         where: `machine()` as it was before the measurement.
         out: folder; ``benchmarks/results`` when None.
-        more: whether more is to come: written, so that nothing is lost where the run is cut short, but not printed.
         suffix: what tells this variant from others of the day, for example ``-small``.
+        more: whether more is to come: then it is written beside, as ``….part.json`` and ``….part.md``, so that nothing
+            is lost where the run is cut short, nor a page that was complete; and not printed.
 
     Returns:
         Path of the Markdown page.
     """
     out = out or RESULTS
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{where['date']}-{page.name}{suffix}.md"
-    record = {"machine": where, **asdict(page)}
-    path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    stem = f"{where['date']}-{page.name}{suffix}"
+    command = shlex.join(["python", "-m", f"benchmarks.{page.name}", *_decisive(sys.argv[1:])])
+    record = {"machine": where, "command": command, "complete": not more, **asdict(page)}
     cuda = f", CUDA {where['cuda']}" if where["cuda"] else ""
     head = (
         f"# {page.title}\n\n{where['device']}, {where['cpus']} CPUs, {where['threads']} threads, "
         f"torch {where['torch']}{cuda}, Python {where['python']}, {where['date']}; load before the run "
-        f"{where['load_before']}.\n\nMade by `python -m benchmarks.{page.name}`. {page.about}\n"
+        f"{where['load_before']}.\n\n{'**INCOMPLETE**: the run was cut short. ' if more else ''}Made by `{command}`. "
+        f"{page.about}\n"
     )
     pictures = [f"![{Path(name).stem}]({name})\n" for name in page.plots]
     text = "\n".join([head, *pictures, *(table.markdown() for table in page.tables)])
-    path.write_text(text, encoding="utf-8")
+    written = {".json": json.dumps(record, indent=1) + "\n", ".md": text}
+    for kind, content in written.items():
+        (out / f"{stem}.part{kind}").write_text(content, encoding="utf-8")
     if more:
-        return path
+        return out / f"{stem}.part.md"
+    for kind in written:
+        path = (out / f"{stem}.part{kind}").replace(out / f"{stem}{kind}")
     print(text)
     print(f"written to {path}")
     return path
+
+
+def _decisive(arguments: Sequence[str]) -> list[str]:
+    """The arguments without where the page goes: a folder's name tells nothing and is this machine's own."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--out")
+    return parser.parse_known_args(arguments)[1]
 
 
 def _processor() -> str:

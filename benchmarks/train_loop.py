@@ -4,7 +4,8 @@
     python -m benchmarks.train_loop --models nano --rounds 40
     python -m benchmarks.train_loop --quick          does it run here?
 
-- *ours*: `training.fit` as a run does it: our module and data module, Lightning, the default callbacks, RunLogger.
+- *ours*: `training.fit` as a run does it: our module and data module, Lightning, RunLogger, and the default callbacks
+  but for checkpoints and the loss guard, which `benchmarks.protections` measures.
 - *bare*: zero_grad, forward, backward, step, schedule; the same model, loss, batches and optimizer; nothing else.
 - *Trainer*: transformers' own loop on the same model and batches with its own loss and its default fused AdamW;
   clipping, a linear schedule and a log entry every 10 steps as in ours; no saving, evaluation, bar or reporting, and
@@ -28,7 +29,7 @@ import logging
 import statistics
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,18 +82,30 @@ class Setting:
 
 
 class Handover(pl.Callback):
-    """Tells when a step is over: the next one's batch is there."""
+    """Tells when a step is over: the next one's batch is there.
 
-    def __init__(self, between: Callable[[], None]) -> None:
-        self._between = between
+    Args:
+        between: called then.
+        after: steps of which it does not tell.
+    """
+
+    def __init__(self, between: Callable[[], None], after: int = 0) -> None:
+        self._between, self._after = between, after
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """The step before is over."""
-        if batch_idx:
+        if batch_idx > self._after:
             self._between()
 
 
-def ours(setting: Setting) -> Body:
+def ours(setting: Setting, guards: Sequence[pl.Callback] = (), after: int = 0) -> Body:
+    """Our loop.
+
+    Args:
+        setting: what to train.
+        guards: further callbacks, called before the others.
+        after: steps before the first turn, see `Handover`.
+    """
     plan = RunPlan(
         max_steps=setting.steps,
         tokens=setting.steps * setting.batch * setting.length,
@@ -139,7 +152,7 @@ def ours(setting: Setting) -> Body:
                 precision="bf16-mixed" if setting.cuda else "32-true",
                 folder=RunFolder(setting.folder),
                 columns=[f"{kind}/{group['role']}" for kind in ("lr", "grad_norm") for group in optimizer.param_groups],
-                callbacks=[*watchers, Handover(between)],
+                callbacks=[*guards, *watchers, Handover(between, after)],
                 loggers=[],
                 status=status,
             )
@@ -225,28 +238,34 @@ def sequences(folder: Path, vocabulary: int, length: int) -> data.Mixture:
     return data.Mixture({"a": stream}, {"a": 1.0}, sequence_length=length, seed=0)
 
 
-def measure(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """One model; a row of the table."""
+def setting_of(name: str, args: argparse.Namespace, folder: Path, more_steps: int = 0) -> Setting:
+    """A model with fresh weights and random tokens for it, for as many steps as all rounds take, and some more."""
     batch, length = args.batch or BATCHES[name][0], args.length or BATCHES[name][1]
     torch.manual_seed(0)
     config = presets.preset(name)
     model = presets.build(config, args.device)
-    setting = Setting(
+    return Setting(
         model=model,
         sequences=sequences(folder, config["vocab_size"], length),
         batch=batch,
         length=length,
-        steps=(args.rounds + args.warm) * args.block + 1,
+        steps=(args.rounds + args.warm) * args.block + 1 + more_steps,
         cuda=args.device == "cuda",
         compile=args.compile,
         folder=folder,
     )
+
+
+def measure(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """One model; a row of the table."""
+    setting = setting_of(name, args, folder)
     loops = {contender: Turns(CONTENDERS[contender](setting), args.block) for contender in args.contenders}
     spent = alternate(loops, args.rounds, warm=args.warm)
     return row(name, setting, spent, args.block)
 
 
 def row(name: str, setting: Setting, spent: dict[str, list[Spent]], block: int) -> dict[str, Any]:
+    """Each contender's speed, and that of *ours* over each other's."""
     tokens = setting.batch * setting.length * block
     shown: dict[str, Any] = {"model": name, "tokens per step": setting.batch * setting.length}
     for contender, blocks in spent.items():
@@ -261,14 +280,22 @@ def row(name: str, setting: Setting, spent: dict[str, list[Spent]], block: int) 
     return shown | {"rounds": len(next(iter(spent.values())))}
 
 
-def arguments() -> argparse.Namespace:
+def arguments(about: str | None, block: int, contenders: Sequence[str] = ()) -> argparse.Namespace:
+    """The command line.
+
+    Args:
+        about: for ``--help``.
+        block: steps of a block, where nothing else is said.
+        contenders: to choose from.
+    """
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(BATCHES), default=None)
-    parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
+    if contenders:
+        parser.add_argument("--contenders", nargs="+", choices=list(contenders), default=list(contenders))
     parser.add_argument("--rounds", type=int, default=20, help="blocks of each contender that count (20)")
     parser.add_argument("--warm", type=int, default=2, help="blocks before that do not (2)")
-    parser.add_argument("--block", type=int, default=10, help="steps of a block; one in 10 logs (10)")
+    parser.add_argument("--block", type=int, default=block, help=f"steps of a block; one in 10 logs ({block})")
     parser.add_argument("--batch", type=int, default=None, help="sequences per step (by model)")
     parser.add_argument("--length", type=int, default=None, help="tokens per sequence (by model)")
     parser.add_argument("--compile", choices=["off", "layers", "model"], default="layers" if cuda else "off")
@@ -283,13 +310,18 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def main() -> None:
-    """Measures, prints and keeps."""
-    args = arguments()
-    where = machine()
+def hush() -> None:
+    """Keeps what libraries have to say off the page."""
     warnings.filterwarnings("ignore")
     for noisy in ("lightning.pytorch", "transformers"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+def main() -> None:
+    """Measures, prints and keeps."""
+    args = arguments(__doc__, 10, list(CONTENDERS))
+    where = machine()
+    hush()
     rows = []
     for name in args.models:
         with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,6 @@
 """Callbacks, one question each: how fast, how much memory, how stable, how far, and the model's way out of the run.
 
-Each works alone in any Lightning project; nothing here knows the rest of lightning_opt.
+Each works alone in any Lightning project; nothing here knows models, data or what is above.
 """
 
 from lightning_opt._lazy import attach
@@ -11,8 +11,12 @@ __getattr__, __dir__, __all__ = attach(
         "throughput": ["Throughput"],
         "memory": ["Memory"],
         "stability": ["Stability"],
+        "loss_guard": ["LossGuard", "Rewind"],
+        "averaging": ["EMA"],
         "progress": ["Progress"],
         "export": ["Export"],
+        "checkpoint": ["Checkpoint"],
+        "checkpoint_io": ["CheckpointIO"],
         "device_peaks": ["peak_flops"],
         "batches": ["count_tokens"],
     },

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 
@@ -18,10 +20,14 @@ def full_state(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in whole:
-            full = tensor.detach()
-            if hasattr(full, "full_tensor"):
-                full = full.full_tensor().cpu() if keep else full.full_tensor()
-            whole[id(tensor)] = full if keep else None
+            whole[id(tensor)] = full_tensor(tensor.detach(), keep)
         if keep:
             state[name] = whole[id(tensor)]  # type: ignore[assignment]
     return state
+
+
+def full_tensor(value: Any, keep: bool = True) -> Any:
+    """A split tensor whole, on the CPU, or None if this rank does not keep it; anything else as it is, if kept."""
+    if hasattr(value, "full_tensor"):
+        value = value.full_tensor().cpu() if keep else value.full_tensor()
+    return value if keep else None

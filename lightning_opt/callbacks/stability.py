@@ -180,6 +180,14 @@ class Stability(pl.Callback):
         state = {"losses": self.losses.cpu().clone()}
         return state if self._norm is None else state | {"grad_norm": self._norm.cpu()}
 
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Over several processes the losses in a checkpoint are the means, as all of them will go on from it."""
+        if trainer.world_size > 1 and "callbacks" in checkpoint:
+            self._reduce(trainer)
+            checkpoint["callbacks"][self.state_key] = self.state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from `state_dict`."""
         self._losses = state_dict["losses"].clone()

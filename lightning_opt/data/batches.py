@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_opt.data.workers import deaf, end_with_parent
+
 
 class _Indices:
     """The index lists of one rank, from batch ``first`` on."""
@@ -16,11 +18,17 @@ class _Indices:
     def __init__(self, start: int, count: int, batch_size: int, rank: int, world_size: int) -> None:
         self.start, self.count, self.batch_size, self.rank = start, count, batch_size, rank
         self.global_batch = batch_size * world_size
-        self.first = 0
+        self.first = self.offset = 0
 
     def batch(self, number: int) -> range:
-        begin = number * self.global_batch + self.rank * self.batch_size
-        return range(self.start + begin, self.start + min(begin + self.batch_size, self.count))
+        return self._elements(number * self.global_batch + self.rank * self.batch_size, self.batch_size)
+
+    def global_batch_of(self, number: int) -> range:
+        return self._elements(number * self.global_batch, self.global_batch)
+
+    def _elements(self, begin: int, size: int) -> range:
+        origin = self.start + self.offset
+        return range(origin + begin, origin + min(begin + size, self.count))
 
     def __len__(self) -> int:
         full, rest = divmod(self.count, self.global_batch)
@@ -56,7 +64,8 @@ class BatchLoader:
     Batch b of rank r out of w holds the elements ``start + b*B*w + r*B`` and the B-1 after it: one optimizer step over
     all ranks and accumulation sees the same elements whatever w is. ``len`` is the whole range also after
     ``load_state_dict``; the next iteration then begins behind the batches already given, and the one after it at 0.
-    The state counts batches handed out, so batches that workers prepared ahead are not lost.
+    The state counts what was handed out, so batches that workers prepared ahead are not lost. With `not_before` all
+    batches still to come lie further on, by as many elements as it takes; that is part of the state too.
 
     Args:
         dataset: map-style; one with ``__getitems__`` (as torch calls it) may give a batch as one array of token
@@ -66,6 +75,8 @@ class BatchLoader:
         start: first element of the global order.
         count: elements of all ranks together; None: to the end of the dataset. What does not fill a last batch makes a
             shorter one (ranks beyond it get one batch fewer).
+        not_before: the next batch begins at this element of the global order or behind it: what lies before is left
+            out for good. Only for a dataset without end.
         rank: r.
         world_size: w.
         pin_memory: as in torch's DataLoader.
@@ -83,6 +94,7 @@ class BatchLoader:
         num_workers: int = 0,
         start: int = 0,
         count: int | None = None,
+        not_before: int = 0,
         rank: int = 0,
         world_size: int = 1,
         pin_memory: bool = False,
@@ -97,6 +109,7 @@ class BatchLoader:
         self._pin_memory = pin_memory
         self._indices = _Indices(start, count, batch_size, rank, world_size)
         self._position = 0
+        self._not_before = not_before
         self._resumed = False
         self._loader = DataLoader(
             dataset,
@@ -106,6 +119,7 @@ class BatchLoader:
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
             multiprocessing_context=multiprocessing_context if num_workers else None,
+            worker_init_fn=end_with_parent,
             generator=torch.Generator().manual_seed(0),  # else every epoch would draw from torch's global generator
         )
 
@@ -117,24 +131,36 @@ class BatchLoader:
             self._position = 0
         self._resumed = False
         self._indices.first = self._position
-        for windows in self._loader:
+        ahead = self._not_before - self._indices.global_batch_of(self._position).start
+        self._indices.offset += max(ahead, 0)
+        with deaf():
+            batches = iter(self._loader)
+        for windows in batches:
             self._position += 1
             yield _batch(windows, self._pin_memory)
 
+    def elements(self, number: int) -> range:
+        """What all ranks' batches of that number hold together, as places in the global order."""
+        return self._indices.global_batch_of(number)
+
     def state_dict(self) -> dict[str, Any]:
-        """``{"batches": n}``: how many batches of this pass have been handed out."""
-        return {"batches": self._position}
+        """``{"sequences": n, "offset": m}``: elements of this pass handed to all ranks, those left out before them."""
+        done = min(self._position * self._indices.global_batch, self._indices.count)
+        return {"sequences": done, "offset": self._indices.offset}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Makes the next iteration go on behind that many batches.
+        """Makes the next iteration go on behind that many elements; batch size and ranks may differ from then.
 
         Raises:
-            ValueError: the number does not lie within this loader's range.
+            ValueError: the number does not lie within this loader's range, or not between two of its batches.
         """
-        batches = int(state_dict["batches"])
-        if not 0 <= batches <= len(self):
-            raise ValueError(f"the saved position is batch {batches}, this loader has {len(self)} batches")
-        self._position, self._resumed = batches, True
+        done, indices = int(state_dict["sequences"]), self._indices
+        if not 0 <= done <= indices.count:
+            raise ValueError(f"the saved position is sequence {done}, this loader has {indices.count}")
+        if done % indices.global_batch and done != indices.count:
+            raise ValueError(f"the saved position, sequence {done}, is no multiple of {indices.global_batch} (a batch)")
+        self._position, self._resumed = min(-(-done // indices.global_batch), len(self)), True
+        self._indices.offset = int(state_dict.get("offset", 0))
 
 
 def loader(dataset: Dataset, **options: Any) -> BatchLoader:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from lightning_opt.plan.secrets import mask
 
 _NOISY = (
     "lightning.pytorch",
@@ -22,11 +26,19 @@ _NOISY = (
 )
 
 
+class _Discreet(logging.Formatter):
+    """Formats tracebacks without secrets too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return mask(super().format(record))
+
+
 @contextmanager
 def run_log(path: Path) -> Iterator[logging.Logger]:
     """Sends the project's log to stdout and to a file for the length of a run.
 
-    Warnings of other libraries go to the file only: they are for the one who looks for a cause.
+    Warnings of other libraries go to the file only: they are for the one who looks for a cause. Nothing that is
+    written shows a secret (`plan.secrets.guarding`).
 
     Args:
         path: ``run.log``; appended to, so that an adopted folder keeps its history.
@@ -36,10 +48,10 @@ def run_log(path: Path) -> Iterator[logging.Logger]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     terminal = logging.StreamHandler(sys.stdout)
-    terminal.setFormatter(logging.Formatter("%(message)s"))
+    terminal.setFormatter(_Discreet("%(message)s"))
     terminal.setLevel(logging.INFO)
     file = logging.FileHandler(path, encoding="utf-8")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S"))
+    file.setFormatter(_Discreet("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S"))
     with _borrowed() as (ours, captured, *noisy):
         for logger in noisy:
             logger.setLevel(logging.ERROR)
@@ -63,15 +75,25 @@ def muted() -> Iterator[logging.Logger]:
 
 @contextmanager
 def _borrowed() -> Iterator[list[logging.Logger]]:
-    """Our logger, that of warnings and the noisy ones; given back as they were."""
+    """Our logger, that of warnings and the noisy ones; given back as they were. Till then no record has a secret."""
     loggers = [logging.getLogger(name) for name in ("lightning_opt", "py.warnings", *_NOISY)]
     before = [(logger, logger.handlers, logger.propagate, logger.level) for logger in loggers]
+    factory = logging.getLogRecordFactory()
+
+    def discreet(*args: Any, **keywords: Any) -> logging.LogRecord:
+        record = factory(*args, **keywords)
+        with contextlib.suppress(Exception):  # whoever handles it will say that its arguments do not fit
+            record.msg, record.args = mask(record.getMessage()), ()
+        return record
+
+    logging.setLogRecordFactory(discreet)  # other libraries add handlers of their own, also later
     logging.captureWarnings(True)
     try:
         with warnings.catch_warnings():
             yield loggers
     finally:
         logging.captureWarnings(False)
+        logging.setLogRecordFactory(factory)
         for logger, handlers, propagate, level in before:
             logger.handlers, logger.propagate = handlers, propagate
             logger.setLevel(level)

@@ -71,6 +71,12 @@ def banner(folder: Path, plan: dict[str, Any], env: dict[str, Any]) -> None:
     )
 
 
+def resumed(notes: Sequence[str]) -> None:
+    """Says from where a run goes on, and what is not as it was there."""
+    for first, line in enumerate(notes):
+        log.info("%-10s %s", "" if first else "resume", line)
+
+
 def _route(row: dict[str, Any]) -> tuple[str, ...]:
     return (
         row["role"],

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 
 from lightning_opt.job.signals import Terminated
 from lightning_opt.plan import ConfigError
+from lightning_opt.plan.secrets import mask
 from lightning_opt.run_folder import Diverged, ExitCode, RunFolder, read_json, write_json
 from lightning_opt.run_folder.status import State
 
@@ -21,6 +22,7 @@ class Outcome:
         reason: one line that says why; None where all is well.
         code: exit code.
         traceback: of a failure that nobody foresaw.
+        signal: name of the one that asked for the end.
         time: seconds since the epoch. What ended first is the cause: the other ranks fail because a rank is missing.
     """
 
@@ -28,6 +30,7 @@ class Outcome:
     reason: str | None = None
     code: int = ExitCode.FINISHED
     traceback: str = ""
+    signal: str | None = None
     time: float = field(default_factory=time.time)
 
     def leave(self, folder: RunFolder, rank: int) -> None:
@@ -47,12 +50,13 @@ def outcome_of(error: BaseException, step: int) -> Outcome:
         return Outcome("FAILED", str(error), ExitCode.CONFIGURATION)
     if isinstance(error, Diverged):
         return Outcome("DIVERGED", str(error), ExitCode.DIVERGED)
-    if isinstance(error, Terminated):
-        return Outcome("PREEMPTED", f"stopped by SIGTERM at step {step}", ExitCode.PREEMPTED)
-    if isinstance(error, (KeyboardInterrupt, SystemExit)):  # Lightning answers Ctrl-C with SystemExit
-        return Outcome("PREEMPTED", f"interrupted at step {step}", ExitCode.INTERRUPTED)
-    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return Outcome("FAILED", reason, ExitCode.FAILED, "".join(traceback.format_exception(error)))
+    name = error.name if isinstance(error, Terminated) else None
+    if name == "SIGINT" or isinstance(error, (KeyboardInterrupt, SystemExit)):  # Lightning makes one of the other
+        return Outcome("PREEMPTED", f"interrupted at step {step}", ExitCode.INTERRUPTED, signal="SIGINT")
+    if name:
+        return Outcome("PREEMPTED", f"stopped by {name} at step {step}", ExitCode.PREEMPTED, signal=name)
+    reason = mask(f"{type(error).__name__}: {' '.join(str(error).split())}")
+    return Outcome("FAILED", reason, ExitCode.FAILED, mask("".join(traceback.format_exception(error))))
 
 
 def left_notes(folder: RunFolder) -> dict[int, Outcome]:

@@ -24,11 +24,12 @@ from lightning_opt.job.logs import muted, run_log
 from lightning_opt.job.outcomes import Outcome, left_notes
 from lightning_opt.job.signals import Terminated, terminable
 from lightning_opt.plan import Place
+from lightning_opt.plan.secrets import guarding
 from lightning_opt.run_folder import ExitCode, RunFolder
 
 LOOK_S = 1.0  # between two looks at the step counter
 SETTLE_S = 5.0  # for the other ranks to say what happened to them, once one has ended badly
-LEAVE_S = 22.0  # for the other ranks, once one that was asked to end has: a logger of the first may take 20 s
+LEAVE_S = 22.0  # for the other ranks, once one that was asked to end has saved: a logger of the first may take 20 s
 
 
 class Steps(Protocol):
@@ -68,9 +69,9 @@ def speak(folder: RunFolder | None, place: Place) -> AbstractContextManager[logg
 def start_ranks(work: Work, order: Any, folder: RunFolder, status: Steps, count: int) -> Outcome:
     """Starts the ranks of one machine and stays until the last is gone.
 
-    Whatever ends one rank ends all; they also end when this process does, however it dies. Ctrl-C and SIGTERM are
-    passed on as SIGTERM, which all ranks answer after the same step. Where another process took the port that they
-    were to meet at, they are started once more.
+    Whatever ends one rank ends all; they also end when this process does, however it dies. What asks this process to
+    end is passed on as SIGTERM, which all ranks answer after the same step; a second time kills them. Where another
+    process took the port that they were to meet at, they are started once more.
 
     Args:
         work: what a rank does; found by its name in the new process, as is all that `order` refers to.
@@ -84,7 +85,7 @@ def start_ranks(work: Work, order: Any, folder: RunFolder, status: Steps, count:
 
     Raises:
         KeyboardInterrupt: this process was interrupted; the ranks are gone.
-        Terminated: the same by SIGTERM.
+        Terminated: the same by SIGTERM or SIGUSR1.
     """
     outcome = _start_once(work, order, folder, status, count)
     taken = "EADDRINUSE" in (outcome.reason or "")
@@ -107,7 +108,7 @@ def _start_once(work: Work, order: Any, folder: RunFolder, status: Steps, count:
             wait([process.sentinel for process in ranks if process.exitcode is None], timeout=LOOK_S)
             status.step = steps.step
         dead = {rank: process.exitcode for rank, process in enumerate(ranks) if process.exitcode}
-        _stop(ranks, SETTLE_S)
+        _stop(ranks, LEAVE_S if ExitCode.PREEMPTED in dead.values() else SETTLE_S)
     except (KeyboardInterrupt, Terminated):
         _stop(ranks, LEAVE_S, together=True)
         left_notes(folder)  # they only tell that they were asked to stop, as we are
@@ -160,7 +161,7 @@ def _rank(work: Work, order: Any, folder: RunFolder, steps: Counter, place: Plac
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal tells all of us; the starting process passes it on
     threading.Thread(target=_end_with_starter, name="starter", daemon=True).start()
-    with terminable(), speak(folder, place):
+    with guarding(getattr(order, "config", None)), terminable(passed_on=True), speak(folder, place):
         outcome = work(order, folder, steps, place)
     leave(int(outcome.code))
 

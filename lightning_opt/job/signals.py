@@ -1,38 +1,118 @@
-"""SIGTERM as an exception, so that a run that is asked to end can say so."""
+"""The signals that ask a run to end: at once, or, while it trains, after the step and its checkpoint."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+ECHO_S = 1.0  # `timeout`, torchrun and Slurm tell a process and its group: what follows so soon is the same request
+
 
 class Terminated(BaseException):
-    """The process was asked to end (SIGTERM)."""
+    """The process was asked to end.
+
+    Args:
+        name: of the signal.
+    """
+
+    def __init__(self, name: str = "SIGTERM"):
+        super().__init__(name)
+        self.name = name
+
+
+class Signals:
+    """What the signals of this process have asked for.
+
+    The first raises at once, but inside `deferred`, where it is only noted in `asked`. A second raises anywhere.
+
+    Args:
+        passed_on: by a process that answers for this one: it kills where a second one is meant, so that here only the
+            first counts, and it is the one that speaks.
+
+    Attributes:
+        asked: name of the first signal, or None.
+    """
+
+    def __init__(self, passed_on: bool = False):
+        self.asked: str | None = None
+        self.owner = os.getpid()
+        self._passed_on = passed_on
+        self._deferring = False
+        self._answered = 0.0
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Lets what runs inside end by itself, which it does soon after `asked` is set.
+
+        Raises:
+            Terminated: it was asked for.
+        """
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+        if self.asked:
+            raise Terminated(self.asked)
+
+    def answer(self, number: int, frame: FrameType | None = None) -> None:
+        """The handler.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C, at once.
+            Terminated: another signal at once, or a second one of any kind while it trains: Lightning would answer
+                KeyboardInterrupt by itself.
+        """
+        if os.getpid() != self.owner:  # a forked child that set no handlers of its own: as if it had inherited none
+            os._exit(128 + number)
+        now, first, name = time.monotonic(), self.asked is None, signal.Signals(number).name
+        if not first and (self._passed_on or now - self._answered < ECHO_S):
+            return
+        self._answered, self.asked = now, self.asked or name
+        if self._deferring and first:
+            if not self._passed_on:  # print could be what was interrupted
+                os.write(2, f"\n{name}: stopping after this step; once more stops at once\n".encode())
+            return
+        if number == signal.SIGINT and not self._deferring:
+            raise KeyboardInterrupt
+        raise Terminated(name)
+
+
+_active: Signals | None = None
 
 
 @contextmanager
-def terminable() -> Iterator[None]:
-    """Raises `Terminated` on SIGTERM for the length of a run.
+def terminable(*, passed_on: bool = False) -> Iterator[Signals]:
+    """Answers `STOP_SIGNALS` for the length of a run; within another of this process it is the same.
 
-    While Lightning trains it wraps this handler in its own, which ends the step first; then nothing is raised here.
+    What the process was started to ignore (Ctrl-C in the background) stays ignored.
+
+    Args:
+        passed_on: see `Signals`.
+
+    Yields:
+        What they have asked for.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set handlers
+    global _active
+    if _active is not None and _active.owner == os.getpid():
+        yield _active
         return
-    owner = os.getpid()
-
-    def terminate(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != owner:  # a forked worker: as if the handler were not there
-            os._exit(128 + number)
-        if signal.getsignal(number) is terminate:
-            raise Terminated
-
-    before = signal.signal(signal.SIGTERM, terminate)
+    signals = Signals(passed_on)
+    if threading.current_thread() is not threading.main_thread():
+        yield signals  # only the main thread may set handlers
+        return
+    heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+    before = {number: signal.signal(number, signals.answer) for number in heeded}
+    _active = signals
     try:
-        yield
+        yield signals
     finally:
-        signal.signal(signal.SIGTERM, before)
+        _active = None
+        for number, handler in before.items():
+            signal.signal(number, handler)

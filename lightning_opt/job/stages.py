@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-import yaml
-
-from lightning_opt.job import notices, ranks, record
+from lightning_opt.job import notices, pieces, ranks, record, resuming
 from lightning_opt.job.logs import run_log
 from lightning_opt.job.outcomes import Outcome, left_notes, outcome_of
+from lightning_opt.job.requeue import requeue
 from lightning_opt.job.signals import Terminated, terminable
-from lightning_opt.plan import Place, RunPlan, check, data_config, place
+from lightning_opt.job.space import check_space
+from lightning_opt.plan import ConfigError, Place, RunPlan, check, data_config, place
+from lightning_opt.plan.secrets import guarding
 from lightning_opt.run_folder import (
     ExitCode,
     RunFolder,
@@ -83,13 +84,13 @@ def run(
     order = Order(config, check(config), overrides, saved_config, instantiate, tuned)
     here = place()
     if folder is None:
-        with ranks.speak(None, here), terminable():
+        with ranks.speak(None, here), guarding(config), terminable():
             outcome = _work(order, None, SimpleNamespace(step=0), here)
         if outcome.reason:  # the first rank may never get to hear of it
             sys.stderr.write(f"{outcome.traceback}rank {here.rank}: {outcome.reason}\n")
         return int(outcome.code)
     identity = read_status(folder.status).get("config_hash") or config_hash(config)
-    with Status(folder.status, identity) as status, run_log(folder.log), terminable():
+    with Status(folder.status, identity) as status, run_log(folder.log), guarding(config), terminable():
         return _guarded(order, folder, status, here)
 
 
@@ -97,8 +98,6 @@ def _guarded(order: Order, folder: RunFolder, status: Status, here: Place) -> in
     """Runs the stages and turns whatever happens into a state, a reason, an event and an exit code."""
     try:
         left_notes(folder)  # of an earlier try
-        if folder.metrics.exists():
-            append_event(folder.events, "restarted")
         write_text(folder.config, order.saved_config)
         write_text(folder.overrides, "".join(f"{word}\n" for word in order.overrides))
         if order.plan.devices > here.world_size:
@@ -116,6 +115,8 @@ def _guarded(order: Order, folder: RunFolder, status: Status, here: Place) -> in
         append_event(folder.events, outcome.state.lower(), step=status.step, reason=outcome.reason)
     if outcome.code != ExitCode.CONFIGURATION:
         _report(folder)
+    if outcome.signal == "SIGUSR1":
+        _requeue(folder, status.step)
     return int(outcome.code)
 
 
@@ -126,7 +127,7 @@ def _work(order: Order, folder: RunFolder | None, status: ranks.Steps, here: Pla
 
         with training.joined(here, order.config["trainer"]) as group:
             folder = group.shared(folder)
-            model, tokenizer = _train(order, folder, status, group)
+            model, tokenizer = _train_through(order, folder, status, group)
         if here.first:
             _evaluate(order, folder, model, tokenizer)
         return Outcome()
@@ -137,8 +138,34 @@ def _work(order: Order, folder: RunFolder | None, status: ranks.Steps, here: Pla
         return outcome
 
 
-def _train(order: Order, folder: RunFolder, status: ranks.Steps, group: Any) -> tuple[Any, Any]:
+def _train_through(order: Order, folder: RunFolder, status: ranks.Steps, group: Any) -> tuple[Any, Any]:
+    """Trains; where the loss guard asks for it, again from the newest good checkpoint and past the bad sequences."""
+    from lightning_opt.callbacks import Rewind
+
+    rewinds = not_before = 0
+    while True:
+        try:
+            return _train(order, folder, status, group, rewinds, not_before)
+        except Rewind as rewind:
+            rewinds, not_before = rewind.count, rewind.beyond or 0
+            if group.first:
+                log.warning("rewind     %d: %s", rewinds, rewind)
+                append_event(folder.events, "rewound", step=rewind.step, not_before=not_before, reason=str(rewind))
+        gc.collect()  # Lightning's trainer is a circle, which holds the model
+
+
+def _train(
+    order: Order, folder: RunFolder, status: ranks.Steps, group: Any, rewinds: int, not_before: int
+) -> tuple[Any, Any]:
     """Builds and trains. Returns the trained model, whole on the first rank, and the tokenizer.
+
+    Args:
+        order: the run.
+        folder: its folder.
+        status: takes the steps.
+        group: the run's processes.
+        rewinds: how often it was rewound before.
+        not_before: first sequence of the global order that is left to train on.
 
     Raises:
         Terminated: the run was asked to end, and did so after a whole step.
@@ -157,9 +184,14 @@ def _train(order: Order, folder: RunFolder, status: ranks.Steps, group: Any) -> 
     )
     described = anatomy.describe(model)
     optimizer = optim.build(model, config["optimizer"])
-    flops = _flops_per_token(model, described.non_embedding, plan.sequence_length)
+    flops = pieces.flops_per_token(model, described.non_embedding, plan.sequence_length)
     strategy = config["trainer"]["strategy"] if plan.devices > 1 else "auto"
     precision = training.choose_precision(config["trainer"]["precision"], config["trainer"]["accelerator"], strategy)
+    module = pieces.module(config, plan, model, optimizer, token_data)
+    identity = pieces.identity(order, plan, token_data) if group.first else {}
+    given = {"flops_per_token": flops, "tokenizer": token_data.tokenizer, "identity": identity, "rewinds": rewinds}
+    callbacks = pieces.callbacks(order, folder, plan, given)
+    start = _agreed(group, lambda: _start(order, folder, plan, (model, optimizer), callbacks, identity))
     if group.first:
         planned = record.planned(
             config,
@@ -177,118 +209,56 @@ def _train(order: Order, folder: RunFolder, status: ranks.Steps, group: Any) -> 
         write_json(folder.env, env)
         write_json(folder.plan, planned)
         notices.banner(folder.path, planned, env)
-    module = _module(config, plan, model, optimizer, token_data)
-    fitted = training.fit(
-        module,
-        _batches(config, plan, token_data),
-        plan,
-        config=config["trainer"],
-        precision=precision[0],
-        folder=folder,
-        columns=_columns(token_data.val, {group["role"] for group in optimizer.param_groups}),
-        callbacks=_callbacks(order, folder, plan, flops, token_data.tokenizer),
-        loggers=_loggers(order, folder) if group.first else [],
-        status=status,
-        group=group,
-    )
-    if fitted.stopped_by:
-        raise Terminated
+        notices.resumed(start.notes if start else ())
+    with terminable() as signals, signals.deferred():
+        fitted = training.fit(
+            module,
+            pieces.batches(config, plan, token_data, not_before),
+            plan,
+            config=config["trainer"],
+            precision=precision[0],
+            folder=folder,
+            columns=pieces.columns(token_data.val, {group["role"] for group in optimizer.param_groups}),
+            callbacks=callbacks,
+            loggers=pieces.loggers(order, folder) if group.first else [],
+            status=status,
+            group=group,
+            asked=lambda: signals.asked,
+            resume=start.path if start else None,
+            fresh_optimizer=bool(start and start.fresh_optimizer),
+        )
+    if fitted.stopped_by:  # another rank was asked
+        raise Terminated(fitted.stopped_by)
     return module.whole_model(keep=group.first), token_data.tokenizer
 
 
-def _flops_per_token(model: Any, non_embedding: int, sequence_length: int) -> float | None:
-    """Training FLOPs per token; None for a model whose shape is not told the usual way."""
-    from lightning_opt.plan import flops_per_token
-
-    shape = getattr(model, "config", None)
-    sizes = [getattr(shape, name, None) for name in ("num_hidden_layers", "hidden_size", "vocab_size")]
-    if None in sizes:
-        return None
-    layers, hidden, vocabulary = sizes
-    return flops_per_token(non_embedding, layers, hidden, sequence_length, vocabulary)
-
-
-def _module(config: dict[str, Any], plan: RunPlan, model: Any, optimizer: Any, token_data: Any) -> Any:
-    from lightning_opt import training
-    from lightning_opt.optim import schedules
-
-    return training.PretrainModule(
-        model,
-        optimizer,
-        schedules.build(config["schedule"], plan.max_steps),
-        corpora=_validation_weights(token_data),
-        token_bytes=token_data.token_bytes,
-        z_loss=config["model"].get("z_loss") or 0.0,
-    )
-
-
-def _batches(config: dict[str, Any], plan: RunPlan, token_data: Any) -> Any:
-    from lightning_opt import training
-
-    return training.TokenDataModule(
-        token_data.train,
-        token_data.val,
-        micro_batch_size=plan.micro_batch_size,
-        micro_batches=plan.max_steps * plan.accumulate,
-        val_sequences=config["trainer"]["val_sequences"],
-        num_workers=config["data"]["num_workers"],
-        overfit_batches=config["trainer"]["overfit_batches"],
-    )
-
-
-def _validation_weights(token_data: Any) -> dict[str, float]:
-    """What each validation set counts in ``val/loss``: its corpus's share of the mixture.
-
-    Where there are sets that nothing is trained on (the study's C4), they alone are the measure.
-    """
-    held_out = {corpus.name for corpus in token_data.corpora if not corpus.train_tokens}
-    weight = {corpus.name: corpus.weight for corpus in token_data.corpora}
-    return {name: float(name in held_out) if held_out else weight[name] for name in token_data.val}
-
-
-def _columns(corpora: Any, roles: set[str]) -> list[str]:
-    """Metric names that depend on the data and the routing."""
-    ordered = sorted(roles)
-    return (
-        [f"val/loss/{name}" for name in corpora]
-        + [f"lr/{role}" for role in ordered]
-        + [f"grad_norm/{role}" for role in ordered]
-    )
-
-
-def _callbacks(order: Order, folder: RunFolder, plan: RunPlan, flops: float | None, tokenizer: Any) -> list[Any]:
-    """Builds the configured callbacks and hands each what it asks for by an attribute that is still None."""
-    given = {
-        "flops_per_token": flops,
-        "directory": folder.model,
-        "tokenizer": tokenizer,
-        "max_steps": plan.max_steps,
-        "tokens_per_step": plan.tokens_per_step,
-    }
-    callbacks = [order.instantiate(spec) for spec in (order.config["callbacks"] or {}).values() if spec]
+def _start(
+    order: Order,
+    folder: RunFolder,
+    plan: RunPlan,
+    built: tuple[Any, Any],
+    callbacks: list[Any],
+    identity: dict[str, Any],
+) -> resuming.Start | None:
+    """Where the run goes on, once its checkpoints are known to fit on the disk."""
     for callback in callbacks:
-        for name, value in given.items():
-            if hasattr(callback, name) and getattr(callback, name) is None:
-                setattr(callback, name, value)
-    return callbacks
+        if retention := getattr(callback, "retention", None):
+            check_space(folder, *built, keep=retention.most(plan.max_steps))
+    return resuming.choose(folder, order.config, identity)
 
 
-def _loggers(order: Order, folder: RunFolder) -> list[Any]:
-    """Starts the configured loggers and tells them the configuration, without secrets.
-
-    What they write goes into the run folder unless they say where.
-    """
-    from lightning_opt.training import GuardedLogger
-
-    loggers = []
-    for label, spec in (order.config["logger"] or {}).items():
-        if not spec:
-            continue
-        place = {"save_dir": str(folder.path)} if "save_dir" in spec and spec["save_dir"] is None else {}
-        logger = GuardedLogger(label, partial(order.instantiate, spec, **place))
-        logger.log_hyperparams(yaml.safe_load(order.saved_config))
-        loggers.append(logger)
-    return loggers
+def _agreed(group: Any, decide: Callable[[], Any]) -> Any:
+    """What the first rank decides, or its refusal, on all ranks."""
+    answer = None
+    if group.first:
+        try:
+            answer = decide()
+        except ConfigError as error:
+            answer = error
+    answer = group.shared(answer)
+    if isinstance(answer, ConfigError):
+        raise answer
+    return answer
 
 
 def _evaluate(order: Order, folder: RunFolder, model: Any, tokenizer: Any) -> None:
@@ -308,6 +278,15 @@ def _evaluate(order: Order, folder: RunFolder, model: Any, tokenizer: Any) -> No
     )
 
 
+def _requeue(folder: RunFolder, step: int) -> None:
+    """Last of all, since Slurm ends this process then: the same command goes on in the same folder."""
+    requeued = requeue()
+    if requeued is not None:
+        log.warning("%s", requeued)
+        kind = "requeue_failed" if requeued.failure else "requeued"
+        append_event(folder.events, kind, step=step, job=requeued.job, reason=requeued.failure)
+
+
 def _report(folder: RunFolder) -> None:
     """Summary, report and last block, for unfinished runs too; a fault here must not hide the run's own state."""
     try:
@@ -319,6 +298,8 @@ def _report(folder: RunFolder) -> None:
         in_sweep = SweepFolder(folder.path.parent).sweep.exists()  # whose own end says what to type next
         commands = [] if in_sweep else reports.next_commands(reports.read(folder.path))
         notices.last_block(folder.path, summary, commands)
+    except (KeyboardInterrupt, Terminated):
+        log.warning("asked to stop once more: the report is not written")
     except Exception as error:
         log.error("the report could not be written: %s: %s", type(error).__name__, error)
         log.error("%s", traceback.format_exc())

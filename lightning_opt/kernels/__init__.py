@@ -14,5 +14,6 @@ __getattr__, __dir__, __all__ = attach(
         "choice": ["Choice", "choose", "possible", "run"],
         "device": ["can_compile", "cpp_compiler"],
         "many": ["Many"],
+        "later": ["Later"],
     },
 )

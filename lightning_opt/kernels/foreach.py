@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_opt.kernels.many import Many
-from lightning_opt.kernels.rule import Bucket, Rule, apply, wide
+from lightning_opt.kernels.rule import Bucket, Rule, apply, kept, scratch, wide
 
 BLOCK = 1 << 15  # elements; torch's own limit below which a CPU op does not use threads
 # Elements of one list. Temporaries are several times that; a GPU wants enough to fill the machine.
@@ -53,9 +53,9 @@ def run(rule: Rule, bucket: Bucket) -> None:
     for part in _lists(rows, _LIST_ELEMENTS.get(device, 1 << 24)):
         params, grads, *states = (list(column) for column in zip(*part, strict=True))
         stored = (params, *states)
-        computed = [Many([wide(t) for t in tensors]) for tensors in stored]
+        computed = [Many([scratch(t, bucket.skip) for t in tensors]) for tensors in stored]
         g = Many([wide(t) for t in grads])
         apply(rule, computed[0], g, computed[1:], bucket.shrink, bucket.l2, bucket.scalars)
         for old, new in zip(stored, computed, strict=True):
             if new.tensors[0] is not old[0]:
-                torch._foreach_copy_(old, new.tensors)
+                torch._foreach_copy_(old, [kept(*pair, bucket.skip) for pair in zip(old, new.tensors, strict=True)])

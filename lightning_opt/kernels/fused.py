@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lightning_opt.kernels.rule import Bucket, Rule
+from lightning_opt.kernels.rule import Bucket, Rule, kept
 
 _DEVICES = ("cpu", "cuda", "mps", "xpu")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -24,7 +24,11 @@ def run(rule: Rule, bucket: Bucket) -> None:
 def adam(bucket: Bucket) -> None:
     """Adam and AdamW; ``bucket.options`` has lr, betas, eps."""
     if bucket.shrink is not None:
-        torch._foreach_mul_(bucket.params, bucket.shrink)
+        if bucket.skip is None:
+            torch._foreach_mul_(bucket.params, bucket.shrink)
+        else:
+            shrunk = zip(bucket.params, torch._foreach_mul(bucket.params, bucket.shrink), strict=True)
+            torch._foreach_copy_(bucket.params, [kept(old, new, bucket.skip) for old, new in shrunk])
     _fused_adam(torch._fused_adam_, bucket, bucket.l2 or 0.0)
 
 
@@ -55,4 +59,5 @@ def _fused_adam(kernel: object, bucket: Bucket, weight_decay: float) -> None:
         eps=bucket.options["eps"],
         amsgrad=False,
         maximize=False,
+        found_inf=None if bucket.skip is None else bucket.skip.float(),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -57,6 +57,8 @@ class Bucket:
         scalars: from `Rule.scalars`.
         shrink: the weights are multiplied by this first (decoupled and independent decay); None for no decay.
         l2: this times the weights is added to the gradients (mode ``l2``); None for none.
+        skip: 0-dim bool on the tensors' device; where it is true, weights and states stay as they are, to the last
+            bit and whatever the gradients hold. None: nobody asked, which is the fast way.
     """
 
     params: list[Tensor]
@@ -67,6 +69,7 @@ class Bucket:
     shrink: float | None = None
     l2: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    skip: Tensor | None = None
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
@@ -77,9 +80,7 @@ class Bucket:
         """The same bucket with only the tensors at `indices`."""
         pick = lambda tensors: [tensors[i] for i in indices]  # noqa: E731
         states = tuple(pick(tensors) for tensors in self.states)
-        return Bucket(
-            pick(self.params), pick(self.grads), states, self.scalars, self.step, self.shrink, self.l2, self.options
-        )
+        return replace(self, params=pick(self.params), grads=pick(self.grads), states=states)
 
 
 def apply(rule: Rule, p: Any, g: Any, state: Iterable[Any], shrink: Any, l2: Any, scalars: Mapping[str, Any]) -> None:
@@ -97,3 +98,14 @@ def apply(rule: Rule, p: Any, g: Any, state: Iterable[Any], shrink: Any, l2: Any
 def wide(tensor: Tensor) -> Tensor:
     """The tensor in the dtype updates are computed in: float64 stays, everything else is float32."""
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def scratch(tensor: Tensor, skip: Tensor | None) -> Tensor:
+    """What an update may overwrite: the tensor itself, or a copy where it is narrow or may have to stay."""
+    computed = wide(tensor)
+    return computed.clone() if skip is not None and computed is tensor else computed
+
+
+def kept(old: Tensor, new: Tensor, skip: Tensor | None) -> Tensor:
+    """What to write over `old`: the new values, or the old ones where the update is skipped."""
+    return new if skip is None else torch.where(skip, old, new.to(old.dtype))

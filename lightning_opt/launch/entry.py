@@ -15,7 +15,9 @@ from hydra.types import TaskFunction
 from omegaconf import DictConfig
 
 from lightning_opt.launch.compose import CONF, CONFIG_NAME, Composer
+from lightning_opt.launch.refusing import refuse
 from lightning_opt.plan import ConfigError, place
+from lightning_opt.plan.secrets import guarding
 from lightning_opt.run_folder import ExitCode
 
 
@@ -30,6 +32,11 @@ def main(argv: Sequence[str], conf: Path = CONF) -> int:
         Exit code: 0 finished, 1 failed, 2 wrong configuration, 3 diverged, 130 interrupted, 143 preempted. A sweep
         answers 1 if any job failed, else 3 if any diverged, else 0.
     """
+    with guarding(dict(word.partition("=")[::2] for word in argv)):
+        return _main(argv, conf)
+
+
+def _main(argv: Sequence[str], conf: Path) -> int:
     try:
         args = _arguments(argv)
         if args.help or args.hydra_help or args.shell_completion or args.info or args.experimental_rerun:
@@ -41,9 +48,7 @@ def main(argv: Sequence[str], conf: Path = CONF) -> int:
         ) as composer:
             command = check_command(composer, args.overrides, multirun=args.multirun, values=not args.cfg)
     except ConfigError as error:
-        if place().first:  # the others found the same
-            print(error, file=sys.stderr)
-        return ExitCode.CONFIGURATION
+        return refuse(error)
     if args.cfg:
         return _hand_to_hydra([*_flags(args), *command.overrides], conf, _nothing)
     from lightning_opt.launch import task
@@ -59,8 +64,7 @@ def main(argv: Sequence[str], conf: Path = CONF) -> int:
     try:
         return run_sweep(command, argv, hand_over)
     except ConfigError as error:
-        print(error, file=sys.stderr)
-        return ExitCode.CONFIGURATION
+        return refuse(error)
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:

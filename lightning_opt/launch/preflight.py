@@ -13,17 +13,18 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_opt import plan
+from lightning_opt.job.resuming import check_named
 from lightning_opt.launch.compose import Composer
 from lightning_opt.launch.launchers import check_launcher
 from lightning_opt.launch.names import check_field, check_group, is_group_choice
-from lightning_opt.launch.resolve import plain_config
+from lightning_opt.launch.resolve import plain_config, saved_config
 from lightning_opt.launch.targets import check_loggers, check_targets
 from lightning_opt.optim import list_optimizers
 from lightning_opt.plan import ConfigError
 from lightning_opt.plan.words import one_of
-from lightning_opt.run_folder import config_hash
+from lightning_opt.run_folder import config_hash, starts_elsewhere
 
-_OF_THE_COMMAND = ("hydra.", "hydra/", "on_failure", "jobs_per_device", "resume")
+_OF_THE_COMMAND = ("hydra.", "hydra/", "on_failure", "jobs_per_device")
 
 
 @dataclass(frozen=True)
@@ -90,16 +91,15 @@ def check_command(composer: Composer, lines: Sequence[str], *, multirun: bool = 
         config = check_job(cfg)
         if multirun and not number:
             check_launcher(cfg.hydra, config)
+        if multirun and starts_elsewhere(config["resume"]) and Path(config["resume"]).exists():
+            check_start(cfg, config)  # a single run asks later: one that goes on needs it no more
         _check_scale_counts(job, config)
         same = seen.setdefault(config_hash(config), number)
         if same != number:
             changed = " ".join(o.input_line or "" for o in job)
             raise ConfigError("sweep", changed, f"job {number} is the same configuration as job {same}: leave one out")
         found.append((config, job))
-    jobs = [
-        Job(config, [checker.marked(o) for o in job if not o.key_or_group.startswith(_OF_THE_COMMAND)])
-        for config, job in found
-    ]
+    jobs = [Job(config, [checker.marked(o) for o in job if not _of_the_command(o)]) for config, job in found]
     field = "hydra.sweep.dir" if multirun else "hydra.run.dir"
     _check_folder_keys(overrides, multirun)
     marked = [checker.marked(override) for override in overrides]
@@ -108,6 +108,12 @@ def check_command(composer: Composer, lines: Sequence[str], *, multirun: bool = 
         folder = _named(composer, [checker.marked(o) for o in grid.jobs[0]], field)
         marked = [line for line in marked if not line.lstrip("+").startswith(f"{field}=")]
     return Command(marked, jobs, grid.swept, folder)
+
+
+def _of_the_command(override: Override) -> bool:
+    """Whether an override concerns the whole sweep; a checkpoint to start from concerns each job."""
+    anew_or_not = override.key_or_group == "resume" and not starts_elsewhere(str(override.value()))
+    return anew_or_not or override.key_or_group.startswith(_OF_THE_COMMAND)
 
 
 def _check_folder_keys(overrides: Sequence[Override], multirun: bool) -> None:
@@ -148,6 +154,15 @@ def check_job(cfg: DictConfig) -> dict[str, Any]:
     data.check(plan.data_config(config), tokens=run.tokens)
     evaluation.check(config["evaluation"])
     return config
+
+
+def check_start(cfg: DictConfig, config: dict[str, Any]) -> None:
+    """Checks that there is a checkpoint at ``resume=PATH`` that this job may start from; nothing heavy is imported.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    check_named(config, plan.identity(saved_config(cfg), plan.check(config).max_steps))
 
 
 def _check_rules(optimizer: dict[str, Any]) -> None:

@@ -21,11 +21,11 @@ from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 from lightning_opt.job import leave
+from lightning_opt.job.signals import STOP_SIGNALS
 from lightning_opt.run_folder import ExitCode
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _STOPS = (ExitCode.INTERRUPTED, ExitCode.PREEMPTED)
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # The server must stay single-threaded and clear of CUDA, or what it forks cannot use either.
 _SERVER_ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 
@@ -81,7 +81,8 @@ def start_server(preload: Sequence[str]) -> None:
         preload: modules to import; one that is not installed is left out.
     """
     _CONTEXT.set_forkserver_preload(list(preload))
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # inherited: what ends a whole group must not end it
+    # Inherited: what ends a whole group must not end it.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         with environment(_SERVER_ENVIRONMENT):
             forkserver.ensure_running()
@@ -165,7 +166,7 @@ class Pool:
             Exit codes by index; a task that never started has none.
 
         Raises:
-            BaseException: what interrupted us (Ctrl-C, SIGTERM), once every job has been told and has ended.
+            BaseException: what interrupted us (Ctrl-C, SIGTERM, SIGUSR1), once every job has been told and has ended.
         """
         self._waiting.extend(enumerate(tasks))
         self._share = min(len(tasks), self._places.count)
@@ -297,7 +298,7 @@ def _work(call: Callable[[], int], environment: dict[str, str], share: int, outp
     if share > 1:
         _share_threads(share)
     try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # from now on they can be answered
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # from now on they can be answered
         leave(call())
     except KeyboardInterrupt:
         sys.exit(ExitCode.INTERRUPTED)

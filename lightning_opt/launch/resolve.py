@@ -87,20 +87,25 @@ def redact(overrides: Sequence[str]) -> list[str]:
     return [_redacted(line) for line in overrides]
 
 
+def _parsed(line: str) -> Any:
+    """The value of an override; None where it is not in Hydra's grammar."""
+    try:
+        return OverridesParser.create().parse_override(line).value()
+    except HydraException:
+        return None
+
+
 def _redacted(line: str) -> str:
     key, equals, text = line.partition("=")
     if not equals:
         return line
-    try:
-        value = OverridesParser.create().parse_override(line).value()
-    except HydraException:
-        value = text
-    if not isinstance(value, dict | list):
-        value = text
+    parsed = _parsed(line)
+    value = parsed if isinstance(parsed, dict | list) else text
     cleaned = secrets.clean(value, key)
     if cleaned == value:
         return line
-    if isinstance(cleaned, str):
-        return f"{key}={cleaned}"
+    if isinstance(cleaned, str):  # the mark's brackets may need quotes: who reads it again uses Hydra's grammar
+        plain = f"{key}={cleaned}"
+        return f"{key}={quoted(cleaned)}" if _parsed(plain) is None else plain
     escaped = Override._get_value_element_as_str(secrets.REDACTED)  # a mark, no value that needs its brackets escaped
     return f"{key}={Override._get_value_element_as_str(cleaned).replace(escaped, secrets.REDACTED)}"

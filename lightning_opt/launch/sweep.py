@@ -17,7 +17,8 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
-from lightning_opt.job.signals import Terminated, terminable
+from lightning_opt.job.requeue import requeue
+from lightning_opt.job.signals import STOP_SIGNALS, Terminated, terminable
 from lightning_opt.launch import processes, task
 from lightning_opt.launch.compose import CONF
 from lightning_opt.launch.preflight import Command
@@ -38,6 +39,7 @@ from lightning_opt.run_folder import (
     read_json,
     read_status,
     record_end,
+    to_go_on,
 )
 from lightning_opt.run_folder.status import State
 
@@ -94,7 +96,7 @@ def run_sweep(command: Command, words: Sequence[str], hand_over: Callable[[list[
         if of in open_jobs
     ]
     task.begin(None)
-    with terminable(), Status(folder.status, hash) as status:
+    with terminable() as signals, Status(folder.status, hash) as status:
         try:
             _say_what_comes(folder, jobs, len(asked))
             code = 0
@@ -105,7 +107,10 @@ def run_sweep(command: Command, words: Sequence[str], hand_over: Callable[[list[
             code = ExitCode.INTERRUPTED
         except Terminated:
             code = ExitCode.PREEMPTED
-        return _end(folder, status, task.stopped() or code, asked)
+        code = _end(folder, status, task.stopped() or code, asked)
+    if code == ExitCode.PREEMPTED and signals.asked == "SIGUSR1" and (requeued := requeue()):
+        _say(str(requeued))
+    return code
 
 
 def _imports_ours() -> str:
@@ -226,7 +231,7 @@ class _Line:
         if self.job is None:
             _say(f"{self._head} ended: {_cause(code)}")
             return code if code >= 0 else int(ExitCode.FAILED)
-        stopped = code in (-signal.SIGTERM, -signal.SIGINT, *task.STOPS)
+        stopped = -code in STOP_SIGNALS or code in task.STOPS
         settle(self.job, "PREEMPTED" if stopped else "FAILED", _cause(code))
         status = read_status(self.job.folder.status)
         seconds = f"{time.monotonic() - self._since:.0f} s"
@@ -293,8 +298,7 @@ def _end(folder: SweepFolder, status: Status, code: int, asked: Sequence[str]) -
         else:
             status.set("FINISHED")
     _compare(folder)
-    for command in dict.fromkeys(job.command for job in left):
-        mine = [job for job in left if job.command == command]
+    for command, mine in to_go_on(left).items():
         _say(f"{len(mine)} of {len(jobs)} jobs have no result; the same command again runs only those: {command}")
         for job in mine:
             _say(f"  {job.label()}: {_result(job.folder) if job.state else 'not started'}")
@@ -337,6 +341,8 @@ def _compare(folder: SweepFolder) -> None:
         reports.write_sweep(folder.path)
         for line in reports.sweep_lines(folder.path):
             _say(line)
+    except (KeyboardInterrupt, Terminated):
+        _say("asked to stop once more: the comparison is not drawn")
     except Exception as error:
         _say(f"{traceback.format_exc()}the comparison could not be written: {type(error).__name__}: {error}")
 

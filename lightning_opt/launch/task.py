@@ -14,11 +14,22 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_opt.checkpoints import find
 from lightning_opt.job.signals import Terminated, terminable
-from lightning_opt.launch.preflight import check_job
+from lightning_opt.launch.preflight import check_job, check_start
+from lightning_opt.launch.refusing import refuse
 from lightning_opt.launch.resolve import redact, saved_text
-from lightning_opt.plan import ConfigError, place, tuned
-from lightning_opt.run_folder import ExitCode, FolderRefused, RunFolder, claim, config_hash, record_end
+from lightning_opt.plan import ConfigError, place, secrets, tuned
+from lightning_opt.run_folder import (
+    ExitCode,
+    FolderRefused,
+    RunFolder,
+    adoptable,
+    claim,
+    config_hash,
+    record_end,
+    starts_elsewhere,
+)
 
 RUNS = Path("runs")
 STOPS = (ExitCode.INTERRUPTED, ExitCode.PREEMPTED)  # whoever interrupts one job of a sweep means the sweep
@@ -80,10 +91,9 @@ def _guarded(cfg: DictConfig) -> int:
     with terminable():
         try:
             config = check_job(cfg)
-            folder = _claim(config)
+            folder = _claim(cfg, config)
         except ConfigError as error:
-            print(error, file=sys.stderr)
-            return ExitCode.CONFIGURATION
+            return refuse(error)
         except KeyboardInterrupt:
             return ExitCode.INTERRUPTED
         except Terminated:
@@ -94,8 +104,8 @@ def _guarded(cfg: DictConfig) -> int:
             return _ended(folder, config, ExitCode.CONFIGURATION, str(error))
         except KeyboardInterrupt:
             return _ended(folder, config, ExitCode.INTERRUPTED, "interrupted before the first step")
-        except Terminated:
-            return _ended(folder, config, ExitCode.PREEMPTED, "stopped by SIGTERM before the first step")
+        except Terminated as stop:
+            return _ended(folder, config, ExitCode.PREEMPTED, f"stopped by {stop.name} before the first step")
         except Exception as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             return _ended(folder, config, ExitCode.FAILED, reason, traceback.format_exc())
@@ -105,8 +115,8 @@ def _follow(cfg: DictConfig) -> int:
     """Works along in a run that torchrun or srun started several processes for: the first has its folder and speaks."""
     try:
         config = check_job(cfg)
-    except ConfigError:
-        return ExitCode.CONFIGURATION
+    except ConfigError as error:
+        return refuse(error)
     from lightning_opt import job
 
     return job.run(config, None, overrides=[], saved_config="", instantiate=instantiate)
@@ -114,6 +124,7 @@ def _follow(cfg: DictConfig) -> int:
 
 def _ended(folder: RunFolder, config: dict[str, Any], code: ExitCode, reason: str, trace: str = "") -> int:
     """Says and records how a job ended that did not come as far as its own stages."""
+    reason, trace = secrets.mask(reason), secrets.mask(trace)
     print(trace.rstrip() or reason, file=sys.stderr, flush=True)
     state = "PREEMPTED" if code in STOPS else "FAILED"
     record_end(folder, config_hash(config), state, reason, trace)
@@ -144,8 +155,11 @@ def _crashes_in(path: Path) -> Iterator[None]:
         faulthandler.enable(sys.__stderr__)
 
 
-def _claim(config: dict[str, Any]) -> RunFolder:
-    """The run's folder: the one that the sweep chose, the one that the user named, or a new one below `RUNS`."""
+def _claim(cfg: DictConfig, config: dict[str, Any]) -> RunFolder:
+    """The run's folder: the one that the sweep chose, the one that the user named, or a new one below `RUNS`.
+
+    Where it is new, ``resume=PATH`` is checked before it is made.
+    """
     hydra = HydraConfig.get()
     root, named, resume, field = RUNS, _named_folder, config["resume"], "hydra.run.dir"
     if hydra.mode == RunMode.MULTIRUN:
@@ -153,8 +167,13 @@ def _claim(config: dict[str, Any]) -> RunFolder:
         root = RUNS if str(hydra.sweep.dir) == "." else Path(str(hydra.sweep.dir))
         if str(hydra.sweep.subdir) != ".":  # the sweep's folder is new or not; its jobs go on
             named, resume = root / str(hydra.sweep.subdir), "auto"
+    hash, name = config_hash(config), config["name"]
+    if starts_elsewhere(config["resume"]):
+        own = adoptable(root, name, hash, path=named)
+        if own is None or not find(own.checkpoints):
+            check_start(cfg, config)
     try:
-        return claim(root, config["name"], config_hash(config), resume=resume, path=named)[0]
+        return claim(root, name, hash, resume=resume, path=named)[0]
     except FolderRefused as error:
         raise ConfigError(field, str(named), f"must be {error}") from None
     except OSError as error:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_opt import kernels
-from lightning_opt.kernels import Bucket, Choice, Rule
+from lightning_opt.kernels import Bucket, Choice, Later, Rule
 from lightning_opt.optim.catalogue import find_rule
 from lightning_opt.optim.clipping import Clipping
 from lightning_opt.optim.saved import fitted, plain
@@ -82,6 +82,8 @@ class Optimizer(torch.optim.Optimizer):
         self.__dict__.setdefault("_signals", {})
         self.__dict__.setdefault("_elements", {})  # rule -> number of its weights
         self.__dict__.setdefault("_stepped", False)
+        self.__dict__.setdefault("_skip", False)
+        self.__dict__.setdefault("_uncertain", None)  # a masked step: the mask, and the states that counted it
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -134,16 +136,45 @@ class Optimizer(torch.optim.Optimizer):
         if not self._stepped:
             self._stepped = True
             warn_of_lost_updates(self.param_groups)
+        self._settle()
+        self._skip = False
         for hook in list(self._before_update):
             hook(self)
+        if self._skip is True:
+            return loss
+        counted: list[dict[str, Any]] = []
         for group in self.param_groups:
             rule = find_rule(group["rule"])
-            for bucket in self._buckets(rule, group):
+            for bucket in self._buckets(rule, group, counted):
                 kernels.run(self._choice(rule, group, bucket).implementation, rule, bucket)
+        if self._skip is not False:
+            self._uncertain = Later(self._skip), counted
         return loss
 
-    def _buckets(self, rule: Rule, group: dict[str, Any]) -> Iterator[Bucket]:
-        """The group's parameters with gradients, apart by step count, device and dtypes; counts the step."""
+    def skip_step(self, flag: bool | Tensor) -> None:
+        """Leaves weights and state untouched in the step under way if `flag` is true; for a before-update hook.
+
+        Args:
+            flag: a bool: the step ends there. A 0-dim bool tensor: the update is masked on the device, the host does
+                not wait, and the states' step counts are put right once it can know: in the next step or
+                `state_dict`. Several flags in one step add up.
+        """
+        self._skip = self._skip | flag
+
+    def _settle(self) -> None:
+        """Takes a masked step that was skipped back out of the counts."""
+        if self._uncertain is None:
+            return
+        (flag, counted), self._uncertain = self._uncertain, None
+        if flag.read():
+            for state in counted:
+                state["step"] -= 1
+
+    def _buckets(self, rule: Rule, group: dict[str, Any], counted: list[dict[str, Any]]) -> Iterator[Bucket]:
+        """The group's parameters with gradients, apart by step count, device and dtypes; counts the step.
+
+        The states whose count went up are added to `counted`.
+        """
         found: dict[tuple[Any, ...], list[list[Tensor]]] = {}
         for p in group["params"]:
             grad = p.grad
@@ -155,6 +186,7 @@ class Optimizer(torch.optim.Optimizer):
             if not state:
                 self._init_state(rule, group, p, state)
             state["step"] += 1
+            counted.append(state)
             tensors = [p, grad, *[state[name] for name in rule.state]]
             if rule.elementwise and type(p) is not torch.nn.Parameter:
                 tensors = _local(tensors)
@@ -163,7 +195,8 @@ class Optimizer(torch.optim.Optimizer):
         shrink, l2 = _decay(group)
         for (step, *_), rows in found.items():
             params, grads, *states = (list(column) for column in zip(*rows, strict=True))
-            yield Bucket(params, grads, tuple(states), rule.scalars(step, group), step, shrink, l2, group)
+            skip = self._skip.to(params[0].device) if isinstance(self._skip, Tensor) else None
+            yield Bucket(params, grads, tuple(states), rule.scalars(step, group), step, shrink, l2, group, skip)
 
     def _init_state(self, rule: Rule, group: Mapping[str, Any], p: Tensor, state: dict[str, Any]) -> None:
         state["step"] = 0
@@ -284,6 +317,11 @@ class Optimizer(torch.optim.Optimizer):
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; waits for the device where the last step was masked, for the counts to be right."""
+        self._settle()
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` returned, or a state of torch.optim.AdamW into our AdamW.
 
@@ -294,6 +332,7 @@ class Optimizer(torch.optim.Optimizer):
             ConfigError: where the checkpoint's groups, rules, roles or states are not this optimizer's.
             ValueError: where a group holds another number of parameters.
         """
+        self._uncertain = None
         state_dict = fitted(state_dict, self.param_groups)
         saved_ids = [group["params"] for group in state_dict["param_groups"]]
         super().load_state_dict(state_dict)

@@ -7,7 +7,8 @@ __getattr__, __dir__, __all__ = attach(
     {
         "values": ["ConfigError", "Rule", "RULES", "check_value", "rule_for"],
         "checks": ["RunPlan", "check", "data_config", "is_hub_id", "normalised"],
-        "words": ["closest", "one_of"],
+        "words": ["closest", "near_path", "one_of"],
+        "resuming": ["check_allowed", "check_same", "identity", "length_changes", "with_data"],
         "lengths": ["steps_for_epochs"],
         "processes": ["Place", "place"],
         "flops": ["flops_per_token"],

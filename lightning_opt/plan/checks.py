@@ -18,8 +18,9 @@ from lightning_opt.plan.lengths import (
     token_budget,
 )
 from lightning_opt.plan.processes import place
+from lightning_opt.plan.resuming import check_allowed
 from lightning_opt.plan.values import LARGEST_TRAINED_VOCABULARY, ConfigError, check_value, rule_for
-from lightning_opt.plan.words import closest, one_of
+from lightning_opt.plan.words import near_path, one_of
 
 ROLES = ("default", "matrix", "expert", "embedding", "head", "norm", "bias", "router", "other")
 _NO_RULE_BELOW = ("callbacks.", "logger.")  # other people's keywords
@@ -66,6 +67,7 @@ def check(config: dict[str, Any], *, sequences: int | None = None) -> RunPlan:
     """
     config = normalised(config)
     _check_name(config["name"])
+    check_allowed(config.get("resume_allow", []))
     _check_model(config["model"])
     _check_roles(config["optimizer"])
     _check_data(config["data"], config["model"])
@@ -146,7 +148,7 @@ def _check_model(model: dict[str, Any]) -> None:
 def _check_model_folder(model: dict[str, Any]) -> None:
     folder = Path(model["path"])
     if not folder.is_dir():
-        raise ConfigError("model.path", model["path"], f"not found{_near_path(folder)}")
+        raise ConfigError("model.path", model["path"], f"not found{near_path(folder)}")
     try:
         own = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         longest = own.get("text_config", own).get("max_position_embeddings")
@@ -183,10 +185,10 @@ def _check_data(data: dict[str, Any], model: dict[str, Any]) -> None:
         if path is None:
             raise ConfigError("data.path", None, "must name a folder, for example data.path=my_texts")
         if not Path(path).exists():
-            raise ConfigError("data.path", path, f"not found{_near_path(Path(path))}")
+            raise ConfigError("data.path", path, f"not found{near_path(Path(path))}")
     tokenizer = (data.get("tokenizer") or {}).get("path")
     if tokenizer is not None and not Path(tokenizer).exists() and not is_hub_id(tokenizer):
-        raise ConfigError("data.tokenizer.path", tokenizer, f"not found{_near_path(Path(tokenizer))}")
+        raise ConfigError("data.tokenizer.path", tokenizer, f"not found{near_path(Path(tokenizer))}")
     length, context = data.get("sequence_length"), model.get("context_length")
     if length and context and length > context:
         raise ConfigError("data.sequence_length", length, f"must be at most model.context_length = {context}")
@@ -209,15 +211,6 @@ def _check_devices(trainer: dict[str, Any]) -> None:
             "needs torchrun or srun on every node, one process per device, for example "
             f"torchrun --nnodes {trainer['num_nodes']} --nproc-per-node {trainer['devices']} ... train.py ...",
         )
-
-
-def _near_path(path: Path) -> str:
-    """Names the first part that is missing and the entry most like it."""
-    for part in [*reversed(path.parents), path]:
-        if not part.exists():
-            near = closest(part.name, [entry.name for entry in part.parent.iterdir()]) if part.parent.is_dir() else ""
-            return f" ({part.parent} holds no {part.name}" + (f"; did you mean {part.parent / near}?)" if near else ")")
-    return ""
 
 
 def _plan(config: dict[str, Any], sequences: int | None) -> RunPlan:

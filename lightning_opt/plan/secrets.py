@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 REDACTED = "[redacted]"
@@ -28,6 +31,48 @@ _NAMED = re.compile(
 )
 _ENVIRONMENT = re.compile(r"\$\{oc\.env:[^,}]+\}")
 
+_WHOLE, _PART = 6, 8  # characters: shorter values, and words of longer ones, stand in innocent texts as well
+_guarded: tuple[str, ...] = ()
+
+
+@contextmanager
+def guarding(config: Any) -> Iterator[None]:
+    """While this lasts, `mask` and `clean` know the secrets themselves: other people's errors may quote them anywhere.
+
+    Args:
+        config: a tree with its values resolved; what it holds under names of secrets is guarded from six characters
+            on, and so is what environment variables of such names hold, if there is a digit in it.
+    """
+    global _guarded
+    before = _guarded
+    # a path or a plain word (SSH_AUTH_SOCK, SORT_KEY) is none, and stands in innocent texts
+    named = {name: text for name, text in os.environ.items() if re.search(r"^[^/].*\d", text, re.DOTALL)}
+    found = {*before, *_values(config), *_values(named)}
+    _guarded = tuple(sorted(found, key=len, reverse=True))
+    try:
+        yield
+    finally:
+        _guarded = before
+
+
+def _values(tree: Any, name: str = "") -> set[str]:
+    if isinstance(tree, dict):
+        return {text for key, item in tree.items() for text in _values(item, str(key))}
+    if isinstance(tree, list | tuple):
+        return {text for item in tree for text in _values(item, name)}
+    if not isinstance(tree, str) or _harmless(tree):
+        return set()
+    parts = set() if not is_secret_name(name) else {tree, *(word for word in tree.split() if len(word) >= _PART)}
+    parts |= {word for match in _LITERAL.findall(tree) for word in match.split(":") if len(word) >= _PART}
+    return {text for text in parts if len(text) >= _WHOLE and "${" not in text}
+
+
+def mask(text: str) -> str:
+    """The text without what `guarding` guards, and without literals that look like a secret; all else to the letter."""
+    for secret in _guarded:
+        text = text.replace(secret, REDACTED)
+    return _LITERAL.sub(REDACTED, text)
+
 
 def is_secret_name(name: str) -> bool:
     """Whether a field of this name holds something not to be shown (``api_key``, ``wandb.token``, ``authToken``)."""
@@ -41,18 +86,17 @@ def _words(name: str) -> list[str]:
 
 
 def clean_text(text: str) -> str:
-    """The text without the values of ``name=value`` pairs that name a secret, or literals that look like one."""
+    """The text as `mask` leaves it, and without the values of ``name=value`` pairs that name a secret."""
 
     def hide(match: re.Match[str]) -> str:
         if REDACTED in match[0] or not is_secret_name(match["name"]) or _harmless(match["value"]):
             return match[0]
-        if _KIND_BEFORE.search(text, 0, match.start()):
+        if _KIND_BEFORE.search(match.string, 0, match.start()):
             return match[0]
         return f"{match['name']}{match['sign']}{REDACTED}"
 
     text = text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair, as JSON may hold, cannot be written
-    text = _LITERAL.sub(REDACTED, text)
-    return _NAMED.sub(hide, text)
+    return _NAMED.sub(hide, mask(text))
 
 
 def clean(value: Any, name: str = "") -> Any:

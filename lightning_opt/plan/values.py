@@ -11,9 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightning_opt.plan.secrets import clean, mask
+
 
 class ConfigError(ValueError):
     """A value the user gave is wrong; `str()` is one line with the field, the value and what would be right.
+
+    A secret is not shown.
 
     Attributes:
         field: dotted name, for example ``optimizer.lr``.
@@ -23,7 +27,7 @@ class ConfigError(ValueError):
 
     def __init__(self, field: str, value: Any, expected: str) -> None:
         self.field, self.value, self.expected = field, value, expected
-        super().__init__(f"{field} = {show(value)}: {' '.join(str(expected).split())}")
+        super().__init__(f"{mask(field)} = {show(clean(value, field))}: {mask(' '.join(str(expected).split()))}")
 
     def __reduce__(self) -> tuple[type, tuple[str, Any, str]]:
         return type(self), (self.field, self.value, self.expected)
@@ -201,7 +205,7 @@ RULES: dict[str, Rule] = {
     "scale.chinchilla": _positive("1 = 20 tokens per non-embedding parameter", none="scale.tokens"),
     # trainer
     "seed": Rule("int", 0, 2**32 - 1),
-    "resume": _choice("auto", "never"),
+    "resume": Rule("str", expected="must be auto, never, or the path of a run, its checkpoints or one of them"),
     "on_failure": Rule(
         "choice",
         choices=("continue", "stop"),

@@ -94,6 +94,7 @@ def _facts(run: Run) -> tuple[tuple[str, str], ...]:
     return (
         ("model", findings.model_name(run)),
         *([("continued from", base)] if (base := _origin(run)) else []),
+        *([("started from the checkpoint", start)] if (start := findings.started_elsewhere(run)) else []),
         ("parameters", f"{q.integer(summary.get('params_total'))} ({without} without embedding)"),
         ("context", f"{q.integer(plan.get('sequence_length'))} tokens"),
         ("tokenizer", kind + (f", SHA-256 {sha}" if sha else "")),

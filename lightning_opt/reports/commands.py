@@ -26,13 +26,11 @@ def next_commands(run: Run) -> tuple[tuple[str, str], ...]:
     repeated: its place says so and has to be filled in.
     """
     path = shlex.quote(shown_path(run.folder))
-    again = "Train again with the same configuration and seed"
+    again, overrides = "Train again with the same configuration and seed", list(run.overrides)
     if run.state in ("PREEMPTED", "RUNNING", "FAILED"):
-        again = "Resume this run: the same command takes up its folder"
+        again, overrides = "Resume this run: the same command takes up its folder", _resuming(run)
     elif run.state == "DIVERGED":
         again = "Train again, with half the rate"
-    overrides = list(run.overrides)
-    if run.state == "DIVERGED":
         overrides = [*without(overrides, r"optimizer\.lr_scale"), f"optimizer.lr_scale={_half_scale(run):g}"]
     train = (again, command(["python", "train.py", *overrides]))
     score = ("Score the trained model on the real test sets", f"python -m recipes.evaluate {path} --suite full")
@@ -41,10 +39,19 @@ def next_commands(run: Run) -> tuple[tuple[str, str], ...]:
     return (score, draw) if run.lacks("overrides.txt") else (train, score, compare, draw)
 
 
+def _resuming(run: Run) -> list[str]:
+    """The overrides that find this very folder again: one that is not where runs go by themselves must be named."""
+    anew = r"resume" if run.asked("resume") == "never" else r""
+    path, name = shown_path(run.folder), run.asked("name")
+    by_itself = path.startswith(f"runs/{name}/") and f"-{run.status.get('config_hash')}" in run.folder.name
+    quoted = path if re.fullmatch(r"[\w./+-]+", path) else "'" + path.replace("'", r"\'") + "'"
+    return without(run.overrides, anew) + ([] if by_itself else [f"hydra.run.dir={quoted}"])
+
+
 def _compare(run: Run) -> str:
     mine = str(run.asked("optimizer.name") or run.summary.get("optimizer") or "lion")
     names = [mine, next(name for name in _OTHERS if name != mine)]
-    kept = without(run.overrides, r"optimizer|optimizer\..*|name|hydra\.run\.dir|hydra\.sweep\.dir")
+    kept = without(run.overrides, r"optimizer|optimizer\..*|name|resume|resume_allow|hydra\.run\.dir|hydra\.sweep\.dir")
     return command(["python", "train.py", "-m", f"optimizer={','.join(names)}", *kept])
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from lightning_opt.reports import quantities as q
 from lightning_opt.reports.reading import Run
 from lightning_opt.reports.scores import Score, comparability, listed
+from lightning_opt.run_folder import starts_elsewhere
 
 _SPELLED = {"adamw": "AdamW", "lion": "Lion", "muon": "Muon", "soap": "SOAP", "mars": "Mars", "scion": "Scion"}
 
@@ -202,9 +203,43 @@ def notes(run: Run, entries: Sequence[Score]) -> tuple[str, ...]:
     if train is not None and val is not None and val - train > 0.3:
         gap = q.number(val - train, 2)
         found.append(f"Validation loss ended {gap} nats above training loss: a sign of overfitting or of easier data.")
+    found += survived(run)
     if run.env.get("git_dirty") is True:
         found.append("The code had uncommitted changes: the commit alone does not reproduce this run.")
     return tuple(found)
+
+
+def survived(run: Run) -> list[str]:
+    """What went wrong on the way and was got over, a sentence each; empty for a calm run."""
+    resumed, found = run.summary.get("resumed_from"), []
+    if start := started_elsewhere(run):
+        found.append(f"Started from another run's checkpoint: {start}. Tokens and steps count what was done there too.")
+        resumed = resumed[1:] if isinstance(resumed, list) else resumed
+    if isinstance(resumed, list) and resumed:
+        steps = f"step{'s' * (len(resumed) > 1)} {listed([q.integer(step) for step in resumed])}"
+        found.append(f"Interrupted and resumed {_times(len(resumed))}, from {steps}.")
+    counts = {name: q.finite(run.summary.get(name)) or 0 for name in ("skipped_steps", "rewinds", "failed_saves")}
+    if skipped := int(counts["skipped_steps"]):
+        found.append(
+            f"{skipped} step{'s' * (skipped > 1)} skipped because loss or gradient norm leapt: see the events."
+        )
+    if rewinds := int(counts["rewinds"]):
+        found.append(f"Rewound {_times(rewinds)} to a checkpoint and led past the data that it broke at.")
+    if failed := int(counts["failed_saves"]):
+        found.append(
+            f"{failed} checkpoint{'s' * (failed > 1)} could not be saved: a kill then would have lost more steps."
+        )
+    return found
+
+
+def started_elsewhere(run: Run) -> str | None:
+    """The checkpoint or run of another folder that this one started from."""
+    start = run.asked("resume")
+    return start if isinstance(start, str) and starts_elsewhere(start) else None
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
 
 
 def _joined(*pairs: tuple[str, str]) -> str:

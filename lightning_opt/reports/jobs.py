@@ -40,6 +40,7 @@ class Job:
         alive: whether the process that owns the folder still works in it.
         optimizer: the optimizer as it is usually spelled.
         differs: overrides that are not the same in all jobs, by their dotted name, as plain values.
+        command: the command line of the sweep that asked for it last; empty where none did.
     """
 
     folder: Path
@@ -48,6 +49,7 @@ class Job:
     alive: bool = False
     optimizer: str = ""
     differs: Mapping[str, Any] = field(default_factory=dict)
+    command: str = ""
 
     @property
     def state(self) -> str:
@@ -120,15 +122,15 @@ def of_sweep(folder: Path) -> Comparison:
         raise FileNotFoundError(f"no sweep folder at {folder}")
     sweep, trouble, command = SweepFolder(folder), "", ""
     try:
-        asked = [(job.folder.path, job.overrides) for job in sweep.jobs()]
         command = clean_text(sweep.command)
+        asked = [(job.folder.path, job.overrides, clean_text(job.command) or command) for job in sweep.jobs()]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         log.warning("sweep.json of %s cannot be read: %s", folder, error)
         asked = []
     if not asked:
         trouble = "sweep.json cannot be read: the runs found in the folder are shown; jobs that never started are not."
-        asked = [(path, None) for path in sorted(folder.iterdir()) if is_run(path)]
-    jobs = [_job(path, overrides) for path, overrides in asked]
+        asked = [(path, None, "") for path in sorted(folder.iterdir()) if is_run(path)]
+    jobs = [replace(_job(path, overrides), command=line) for path, overrides, line in asked]
     return _told_apart(folder, jobs, command, trouble)
 
 

@@ -32,17 +32,16 @@ class Cell:
 
     @property
     def losses(self) -> list[float]:
-        """Final validation losses, nats per token, one for each seed: a run done twice tells no spread."""
-        by_seed = {
-            job.run.config.get("seed", f"job {index}"): job.loss
-            for index, job in enumerate(self.jobs)
-            if job.loss is not None
-        }
-        return list(by_seed.values())
+        """Final validation losses, nats per token, one for each seed: the mean of its runs, which tell no spread."""
+        by_seed: dict[Any, list[float]] = {}
+        for index, job in enumerate(self.jobs):
+            if job.loss is not None:
+                by_seed.setdefault(job.run.config.get("seed", f"job {index}"), []).append(job.loss)
+        return [fmean(losses) for losses in by_seed.values()]
 
     @property
     def n(self) -> int:
-        """Finished runs."""
+        """Seeds with a finished run."""
         return len(self.losses)
 
     @property
@@ -52,7 +51,7 @@ class Cell:
 
     @property
     def std(self) -> float | None:
-        """Sample standard deviation between seeds (n - 1 below the line); None for fewer than two runs."""
+        """Sample standard deviation between seeds (n - 1 below the line); None for fewer than two seeds."""
         return stdev(self.losses) if self.n > 1 else None
 
     @property

@@ -15,9 +15,11 @@ from lightning_opt.reports.ranking import Cell, Edge, Group, Standing, baseline
 from lightning_opt.reports.scores import suite
 from lightning_opt.reports.settings import seed
 from lightning_opt.reports.verdicts import loss_of
+from lightning_opt.run_folder import to_go_on
 
 _LENGTHS = r"trainer\.max_(steps|tokens|epochs)"
 _RATES = ("optimizer.lr_scale", "optimizer.lr")
+_KEPT = "what is done stays, the rest runs, what failed again"
 
 
 def again(job: Job) -> str:
@@ -35,9 +37,11 @@ def _kept(job: Job, *keys: str) -> list[str]:
 def sweep_commands(comparison: Comparison, found: Sequence[Group]) -> tuple[tuple[str, str], ...]:
     """Pairs of what it does and the command."""
     pairs = []
-    if comparison.command and unfinished(comparison.jobs):
-        words = "Go on with this sweep: what is done stays, the rest runs, what failed again"
-        pairs.append((words, f"python {comparison.command}"))
+    if comparison.command:
+        pairs += [
+            (f"Go on with this sweep, {len(jobs)} of {len(comparison.jobs)} jobs: {_KEPT}", line)
+            for line, jobs in to_go_on(unfinished(comparison.jobs)).items()
+        ]
     for group in found:
         where = f" (group {group.name})" if group.name else ""
         ranked = [one for one in group.standings if one.best]

@@ -222,7 +222,7 @@ def _cost(cell: Cell, base: Standing, spent: targets.Crossing | None) -> tuple[s
         return (*whole, "baseline", "baseline")
     needed, reached = targets.of_cell(cell, base.best.mean)
     if needed is None:
-        words = "not reached" if not reached else f"reached by {reached} of {cell.n}"
+        words = "not reached" if not reached else f"reached by {reached} of {len(cell.finished)}"
         return (words, _ABSENT, _ABSENT, _ABSENT, _ABSENT)
     return (*_costs(needed), _ratio(needed, spent, "tokens"), _ratio(needed, spent, "seconds"))
 

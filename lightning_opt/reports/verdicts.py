@@ -190,7 +190,7 @@ def alarm(comparison: Comparison, found: Sequence[Group]) -> str:
     if left:
         said.append(f"{len(left)} of {_jobs(len(comparison.jobs))} can still change what follows: {counted(left)}.")
     if any(job.state == "FAILED" for job in left):
-        said.append("What failed is missing from the ranking; the same command runs it again.")
+        said.append("What failed is missing from the ranking; the command that asked for it runs it again.")
     return " ".join(said)
 
 

@@ -5,7 +5,7 @@ from lightning_opt._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        "folder": ["FolderRefused", "RunFolder", "claim", "config_hash"],
+        "folder": ["FolderRefused", "RunFolder", "adoptable", "claim", "config_hash", "starts_elsewhere"],
         "status": ["FINISHED_STATES", "STATES", "Status", "owner_is_gone", "read_status"],
         "records": [
             "METRIC_COLUMNS",
@@ -18,6 +18,6 @@ __getattr__, __dir__, __all__ = attach(
         ],
         "endings": ["Diverged", "ExitCode", "record_end"],
         "summary": ["summarize"],
-        "sweep": ["SweepFolder", "SweepJob", "claim_sweep", "job_name", "short_names"],
+        "sweep": ["SweepFolder", "SweepJob", "claim_sweep", "to_go_on", "job_name", "short_names"],
     },
 )

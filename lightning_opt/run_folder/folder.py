@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,15 +18,19 @@ from lightning_opt.run_folder.status import FINISHED_STATES, owner_is_gone, read
 
 # What may differ between two tries at the same run: it changes no result.
 _NOT_IDENTITY = (
-    "resume",
+    "resume_allow",
     "name",
     "logger",
     "on_failure",
     "jobs_per_device",
+    "callbacks.checkpoint",
     "data.num_workers",
     "data.cache_dir",
     "trainer.log_every_n_steps",
 )
+
+# As `write_text` and the model's export call what they rename into place.
+_BESIDE = re.compile(r"\..+\.\d+\.(part|tmp|old)")
 
 
 class FolderRefused(ValueError):
@@ -59,11 +66,20 @@ def config_hash(config: dict[str, Any]) -> str:
     """Identity of a resolved configuration: 8 hex digits of the SHA-256 of its canonical JSON.
 
     Args:
-        config: the plain dict that the job gets; the run's name, whether to resume, loggers, a sweep's policy, loader
-            processes, the cache and the logging interval do not count.
+        config: the plain dict that the job gets; the run's name, loggers, a sweep's policy, when checkpoints are
+            written, loader processes, the cache and the logging interval do not count, nor does ``resume`` unless it
+            is a path: a run that starts from a checkpoint is another.
     """
-    text = json.dumps(_identity(config), sort_keys=True, separators=(",", ":"), default=str)
+    start = config.get("resume")
+    start = {"resume": os.path.normpath(start)} if starts_elsewhere(start) else {}
+    counted = {key: value for key, value in config.items() if key != "resume"} | start
+    text = json.dumps(_identity(counted), sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def starts_elsewhere(resume: str | None) -> bool:
+    """Whether ``resume`` is a path."""
+    return resume not in (None, "auto", "never")
 
 
 def _identity(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -83,7 +99,7 @@ def claim(
         root: the folder of all runs; the new folder is ``root/name/<UTC time>-<hash>``.
         name: the run's name.
         hash: `config_hash` of the configuration.
-        resume: ``auto`` adopts the newest unfinished folder of the same hash, ``never`` always makes a new one.
+        resume: ``never`` always makes a new folder, all else adopts the newest unfinished one of the same hash.
         path: the folder itself (the user named it); ``root`` and ``name`` are then ignored.
         grows: the folder is a sweep's: taken up again also when it is finished, and if named, under another hash.
 
@@ -98,11 +114,8 @@ def claim(
     parent = root / name
     parent.mkdir(parents=True, exist_ok=True)
     with _one_at_a_time(parent):
-        if resume == "auto":
-            for candidate in sorted(parent.glob(f"*-{hash}*"), reverse=True):
-                status = read_status(candidate / "status.json")
-                if status and owner_is_gone(status) and (grows or status.get("state") not in FINISHED_STATES):
-                    return _own(candidate, hash), True
+        if resume != "never" and (unfinished := adoptable(root, name, hash, grows=grows)):
+            return _own(unfinished.path, hash), True
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
         for attempt in range(1000):
             folder = parent / (f"{stamp}-{hash}" if attempt == 0 else f"{stamp}-{hash}-{attempt}")
@@ -112,6 +125,18 @@ def claim(
                 continue
             return _own(folder, hash), False
     raise RuntimeError(f"no free run folder below {parent}")
+
+
+def adoptable(root: Path, name: str, hash: str, *, path: Path | None = None, grows: bool = False) -> RunFolder | None:
+    """The folder that `claim` with the same arguments would adopt, if any; nothing is touched."""
+    candidates = sorted((root / name).glob(f"*-{hash}*"), reverse=True) if path is None else [path]
+    for candidate in candidates:
+        status = read_status(candidate / "status.json")
+        if not status or not owner_is_gone(status) or (path is not None and status.get("config_hash") != hash):
+            continue
+        if grows or status.get("state") not in FINISHED_STATES:
+            return RunFolder(candidate)
+    return None
 
 
 def _claim_named(path: Path, hash: str, resume: str, grows: bool) -> tuple[RunFolder, bool]:
@@ -140,9 +165,15 @@ def _owner(status: dict[str, Any]) -> str:
 
 
 def _own(path: Path, hash: str) -> RunFolder:
-    """Writes our name into the folder while the lock is held, so that a second process sees it taken."""
+    """Writes our name into the folder while the lock is held, so that a second process sees it taken.
+
+    What the one before was killed over while it wrote it is cleared away; its checkpoints see to themselves.
+    """
     from lightning_opt.run_folder.status import Status
 
+    for beside in (*path.glob(".*"), *path.glob("evaluation/.*")):
+        if _BESIDE.fullmatch(beside.name):
+            shutil.rmtree(beside) if beside.is_dir() else beside.unlink()
     before = read_status(path / "status.json")
     status = Status(path / "status.json", hash)
     status.step = int(before.get("step", 0))

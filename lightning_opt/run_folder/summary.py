@@ -7,7 +7,7 @@ from statistics import fmean, median
 from typing import Any
 
 from lightning_opt.run_folder.folder import RunFolder
-from lightning_opt.run_folder.records import read_json, read_metrics
+from lightning_opt.run_folder.records import read_events, read_json, read_metrics
 from lightning_opt.run_folder.status import read_status
 
 Column = list[float | None]
@@ -71,10 +71,36 @@ def summarize(folder: RunFolder | Path) -> dict[str, Any]:
         "loss_volatility_by_third": _thirds(steps, columns.get("loss_volatility", []), plan.get("max_steps")),
         "expert_load_cv": _last(column("expert_load/cv")),
         "expert_load_dead": _last(column("expert_load/dead")),
+        **_troubles(folder),
         "evaluation": read_json(folder.results).get("summary"),
         "state": status.get("state"),
         "config_hash": status.get("config_hash"),
         "git_commit": env.get("git_commit"),
+    }
+
+
+def _troubles(folder: RunFolder) -> dict[str, Any]:
+    """What the run survived: events say so; what lay behind the checkpoint that it went on from, it lived again."""
+    if not folder.plan.exists():
+        return dict.fromkeys(("resumed_from", "failed_saves", "skipped_steps", "rewinds"))
+    events = read_events(folder.events)
+    kinds = [event.get("kind") for event in events]
+    skipped: set[int] = set()
+    for event, kind in zip(events, kinds, strict=True):
+        if kind == "step_skipped":
+            skipped.add(event["step"])
+        elif kind in ("resumed", "restarted"):
+            skipped = {step for step in skipped if step <= event.get("step", 0)}
+    before = ["", *kinds]  # a rewind goes on from a checkpoint too
+    return {
+        "resumed_from": [
+            event["step"]
+            for event, last in zip(events, before, strict=False)
+            if event.get("kind") == "resumed" and last != "rewound"
+        ],
+        "failed_saves": kinds.count("checkpoint_failed"),
+        "skipped_steps": len(skipped),
+        "rewinds": kinds.count("rewound"),
     }
 
 

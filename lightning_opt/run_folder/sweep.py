@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from lightning_opt.run_folder.folder import FolderRefused, RunFolder, claim
 from lightning_opt.run_folder.records import read_json, write_json
@@ -130,6 +130,22 @@ def claim_sweep(
         raise FolderRefused("a new folder or one of a sweep: this one holds a single run")
     folder, _ = claim(root, "sweeps", hash, resume=resume, path=path, grows=True)
     return SweepFolder(folder.path), hash
+
+
+class _Asked(Protocol):
+    @property
+    def command(self) -> str: ...
+
+
+_Job = TypeVar("_Job", bound=_Asked)
+
+
+def to_go_on(jobs: Iterable[_Job]) -> dict[str, list[_Job]]:
+    """The jobs by the command, as it is typed, that runs them: a sweep may have grown by several."""
+    found: dict[str, list[_Job]] = {}
+    for job in jobs:
+        found.setdefault(f"python {job.command}", []).append(job)
+    return found
 
 
 def job_name(differs: dict[str, Any], config_hash: str, name: str = "") -> str:

@@ -81,6 +81,7 @@ class TokenDataModule(pl.LightningDataModule):
         num_workers: loader processes; the order does not depend on it.
         overfit_batches: when above 0, the run sees only its first so many micro-batches (of all ranks), again and
             again.
+        not_before: first sequence of the global order that is left to train on; what lies before is left out.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class TokenDataModule(pl.LightningDataModule):
         val_sequences: int,
         num_workers: int = 0,
         overfit_batches: int = 0,
+        not_before: int = 0,
     ):
         super().__init__()
         self.train = train
@@ -101,12 +103,13 @@ class TokenDataModule(pl.LightningDataModule):
         self.micro_batch_size = micro_batch_size
         self.micro_batches = micro_batches
         self.num_workers = num_workers
+        self.not_before = not_before
 
     def train_dataloader(self) -> Any:
         """The run's micro-batches for this rank."""
         whole = self.micro_batch_size * self._world_size
         train = FirstSequences(self.train, self.overfit_batches * whole) if self.overfit_batches else self.train
-        return self._loader(train, self.micro_batches * whole, self.num_workers)
+        return self._loader(train, self.micro_batches * whole, self.num_workers, self.not_before)
 
     def val_dataloader(self) -> list[Any]:
         """One loader per corpus, from its start; as many batches on every rank."""
@@ -119,12 +122,13 @@ class TokenDataModule(pl.LightningDataModule):
     def _world_size(self) -> int:
         return self.trainer.world_size if self.trainer else 1
 
-    def _loader(self, dataset: Any, count: int, num_workers: int) -> Any:
+    def _loader(self, dataset: Any, count: int, num_workers: int, not_before: int = 0) -> Any:
         trainer = self.trainer
         return data.loader(
             dataset,
             batch_size=self.micro_batch_size,
             count=count,
+            not_before=not_before,
             num_workers=num_workers,
             rank=trainer.global_rank if trainer else 0,
             world_size=self._world_size,

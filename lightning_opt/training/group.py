@@ -8,12 +8,10 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
-import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_opt.plan import Place
 from lightning_opt.training.precision import choose_device
@@ -42,11 +40,15 @@ class Group:
 
     def any(self, flag: bool) -> bool:
         """Whether any rank says yes; every rank must ask."""
+        return bool(self.max(int(flag)))
+
+    def max(self, number: int) -> int:
+        """The largest number that a rank has; every rank must ask, and none gets its answer before all have."""
         if self._control is None:
-            return flag
-        box = torch.tensor([int(flag)])
+            return number
+        box = torch.tensor([number])
         dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self._control)
-        return bool(box.item())
+        return int(box.item())
 
 
 @contextmanager
@@ -78,33 +80,3 @@ def joined(place: Place, trainer: Mapping[str, Any]) -> Iterator[Group]:
     # Not after an exception: what this rank has to say must be written before the others find it gone.
     dist.barrier()
     dist.destroy_process_group()
-
-
-class StopTogether:
-    """Ends a fit on all ranks after the same step when any of them gets SIGTERM.
-
-    Lightning's own handler broadcasts from within the signal, wherever the rank then is: its collectives and the
-    other ranks' no longer match. Put in its place, together with the point before each batch where ranks agree.
-
-    Args:
-        trainer: Lightning's, before the fit.
-        group: the run's processes.
-    """
-
-    def __init__(self, trainer: pl.Trainer, group: Group):
-        self._trainer, self._group, self._asked = trainer, group, False
-        trainer._signal_connector._sigterm_notifier_fn = self._ask  # type: ignore[method-assign]
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = self._before_batch  # type: ignore[method-assign]
-
-    def _ask(self, *_: Any) -> None:
-        self._asked = True
-
-    def _before_batch(self) -> None:
-        batches = self._trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        if batches % self._trainer.accumulate_grad_batches == 0:
-            self.check()
-
-    def check(self) -> None:
-        """Raises SIGTERMException on all ranks if one of them was asked to stop."""
-        if self._group.any(self._asked):
-            raise SIGTERMException

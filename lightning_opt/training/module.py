@@ -15,7 +15,6 @@ from torchmetrics import MeanMetric, SumMetric
 
 from lightning_opt.models import IGNORE, causal_lm_loss
 from lightning_opt.optim import Optimizer
-from lightning_opt.run_folder import Diverged
 
 if TYPE_CHECKING:
     from lightning_opt.training.sharding import Sharded
@@ -89,23 +88,12 @@ class PretrainModule(pl.LightningModule):
         return loss.total
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
-        """Lets the optimizer clip by its groups' limits, and stops before a step that is not finite.
-
-        Raises:
-            Diverged: the gradient norm is infinite or NaN.
-        """
-        norm = float(self._optimizer.clip_())
+        """Lets the optimizer clip by its groups' limits; nothing waits for the device (`LossGuard` reads the norm)."""
+        self._optimizer.clip_()
         micro_losses, self._micro_losses = self._micro_losses, []
-        step = self.trainer.global_step + 1
-        finite = math.isfinite(norm)
-        if finite and step % self.trainer.log_every_n_steps:
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps:
             return  # Lightning's bookkeeping of values nobody will see costs more than our optimizer's step
         loss = self._over_ranks(torch.stack(micro_losses).mean())
-        if not finite:
-            rate = max(group["lr"] for group in self._optimizer.param_groups)
-            raise Diverged(
-                f"gradient norm {norm} at step {step} (loss {float(loss):.4g}, lr {rate:.3g}); the step was not taken"
-            )
         # Tensors on the CPU: Lightning would copy each plain number to the device, and wait for the copy.
         rates = {f"lr/{group['role']}": torch.tensor(group["lr"]) for group in self._optimizer.param_groups}
         self.log_dict({"train/loss": loss, **rates}, on_step=True, on_epoch=False)

@@ -26,7 +26,7 @@ class RunLogger(Logger):
             nobody announced (somebody's own callback) adds its column by rewriting the file once.
         tokens_per_step: tokens of one optimizer step over all devices.
         current_step: optimizer steps done so far.
-        start_step: rows after it are dropped: the run goes on from there.
+        start_step: rows after it are dropped; None: all stay until `load_state_dict`.
         clock: seconds; injected by tests.
     """
 
@@ -37,7 +37,7 @@ class RunLogger(Logger):
         *,
         tokens_per_step: int,
         current_step: Callable[[], int],
-        start_step: int = 0,
+        start_step: int | None = 0,
         clock: Callable[[], float] = time.perf_counter,
     ):
         super().__init__()
@@ -78,6 +78,16 @@ class RunLogger(Logger):
             self._row = {"step": now, "tokens": now * self._tokens_per_step}
         self._row["time_s"] = round(self._clock() - self._began, 4)
         self._row |= {name: float(value) for name, value in metrics.items() if name != "epoch"}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The row that is not on disk yet, and how many seconds the run has taken."""
+        return {"row": dict(self._row), "seconds": self._clock() - self._began}
+
+    def load_state_dict(self, state_dict: dict[str, Any], step: int) -> None:
+        """Goes on from `state_dict` as it was after that step: later rows are dropped."""
+        self._row = dict(state_dict["row"])
+        self._began = self._clock() - state_dict["seconds"]
+        self._rewrite(self._rows_until(self._row["step"] - 1 if self._row else step))
 
     def close(self) -> None:
         """Writes the last row. Not `finalize`: Lightning calls that before the validation that ends a run."""

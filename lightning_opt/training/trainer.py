@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +14,19 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 
+from lightning_opt.callbacks import CheckpointIO
 from lightning_opt.models import compiled
 from lightning_opt.plan import RunPlan
 from lightning_opt.run_folder import RunFolder
 from lightning_opt.training.datamodule import TokenDataModule
-from lightning_opt.training.group import Group, StopTogether
+from lightning_opt.training.group import Group
 from lightning_opt.training.loggers import GuardedLogger
 from lightning_opt.training.module import PretrainModule
 from lightning_opt.training.precision import BFloat16Parameters
 from lightning_opt.training.run_logger import RunLogger
+from lightning_opt.training.stopping import Stopped, Stopping
 
 log = logging.getLogger("lightning_opt.training")
 
@@ -36,7 +37,7 @@ class FitResult:
 
     Attributes:
         steps: optimizer steps done.
-        stopped_by: ``SIGTERM`` when the process was asked to end, else None.
+        stopped_by: name of the signal that asked for it, else None.
     """
 
     steps: int
@@ -44,10 +45,43 @@ class FitResult:
 
 
 class _Step(pl.Callback):
-    """Keeps the step in the run's status, and has the first and the last step logged whatever the interval."""
+    """Keeps the step in the run's status, and has the first and the last step logged whatever the interval.
 
-    def __init__(self, status: Any, interval: int):
-        self._status, self._interval = status, interval
+    In checkpoints: the step validated last, and the row of ``metrics.csv`` that is not on disk yet.
+    """
+
+    def __init__(self, status: Any, interval: int, logger: RunLogger | None, fresh_optimizer: bool):
+        self._status, self._interval, self._logger, self._fresh = status, interval, logger, fresh_optimizer
+        self.validated = 0
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Has what the module logged at this step written first: Lightning hands it on after the callbacks."""
+        logged = trainer._logger_connector
+        if self._logger and trainer.training and logged.should_update_logs:
+            self._logger.log_metrics(logged.metrics["log"])
+        row = self._logger.state_dict() if self._logger else None
+        checkpoint["run"] = {"validated": self.validated, "metrics": row}
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """The run is one epoch, however long it is now; rates follow the schedule of now."""
+        self.validated = checkpoint["run"]["validated"]
+        if self._logger and checkpoint["run"]["metrics"]:
+            self._logger.load_state_dict(checkpoint["run"]["metrics"], checkpoint["global_step"])
+        checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
+        for schedule in checkpoint["lr_schedulers"]:
+            del schedule["base_lrs"]
+        if self._fresh:
+            checkpoint["optimizer_states"] = []
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        for schedule in (config.scheduler for config in trainer.lr_scheduler_configs):
+            for group, peak, ratio in zip(
+                schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+            ):
+                group["lr"] = peak * ratio(schedule.last_epoch)
+
+    def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.validated = trainer.global_step
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         edge = trainer.global_step in (0, trainer.max_steps - 1)
@@ -83,6 +117,9 @@ def fit(
     loggers: Sequence[GuardedLogger],
     status: Any,
     group: Group | None = None,
+    asked: Callable[[], str | None] = lambda: None,
+    resume: Path | None = None,
+    fresh_optimizer: bool = False,
 ) -> FitResult:
     """Trains to the plan's last step and validates there.
 
@@ -99,39 +136,45 @@ def fit(
         status: its ``step`` is set after every step.
         group: the processes that train together, each of which calls this; None: this one alone. Only the first
             writes.
+        asked: name of a signal that wants the fit to end after the step, or None.
+        resume: a checkpoint's folder, from which the fit goes on as if it had never stopped; None: from the start.
+        fresh_optimizer: the checkpoint is of another optimizer, whose state is left out.
 
     Returns:
         Steps done and what stopped the run early, if anything.
 
     Raises:
-        Diverged: a loss or gradient was not finite.
+        Diverged: the callback LossGuard found a loss or gradient norm that is not finite.
+        Damaged: the checkpoint is not what was written.
     """
     validates = config["val_sequences"] > 0
     module.model.train()
     group = group or Group()
-    writers: list[Logger] = []
+    run_logger: RunLogger | None = None
     if group.first:
         run_logger = RunLogger(
             folder.metrics,
             columns,
             tokens_per_step=plan.tokens_per_step,
             current_step=lambda: trainer.global_step,
+            start_step=None if resume else 0,
         )
-        writers = [run_logger, *loggers]
+    writers: list[Logger] = [run_logger, *loggers] if run_logger else []
     for logger in loggers:
         logger.current_step = lambda: trainer.global_step
     with _quiet(), compiled(module.model, config.get("compile", "off")):
-        watchers = [_Step(status, config["log_every_n_steps"]), *callbacks]
+        stopping = Stopping(asked, group)
+        step = _Step(status, config["log_every_n_steps"], run_logger, fresh_optimizer)
+        watchers = [step, *callbacks, stopping]
         trainer = _trainer(plan, config, precision, folder, writers, watchers)
-        stop = StopTogether(trainer, group) if plan.devices > 1 else None
+        stopping.keep_lightning_out(trainer)
         try:
-            trainer.fit(module, data)
-            if validates and trainer.global_step % plan.val_every_n_steps:
+            trainer.fit(module, data, ckpt_path=resume)
+            if validates and step.validated != trainer.global_step:
                 trainer.validate(module, data, verbose=False)
-            if stop:
-                stop.check()
-        except SIGTERMException:
-            return FitResult(trainer.global_step, "SIGTERM")
+            stopping.check()
+        except Stopped as stop:
+            return FitResult(trainer.global_step, stop.name)
         finally:
             status.step = trainer.global_step
             for logger in writers:
@@ -166,7 +209,7 @@ def _trainer(
         logger=loggers,
         callbacks=callbacks,
         default_root_dir=folder.path,
-        enable_checkpointing=False,
+        enable_checkpointing=any(isinstance(callback, pl.callbacks.Checkpoint) for callback in callbacks),
         enable_progress_bar=any(isinstance(callback, pl.callbacks.ProgressBar) for callback in callbacks),
         enable_model_summary=False,
         use_distributed_sampler=False,
@@ -201,13 +244,15 @@ def _strategy(plan: RunPlan, name: str) -> str | Strategy:
     if plan.devices == 1:
         return "auto"
     if name == "fsdp":
-        return ModelParallelStrategy(data_parallel_size=plan.devices, tensor_parallel_size=1)
+        from lightning_opt.training.sharding import WholeStateStrategy
+
+        return WholeStateStrategy(data_parallel_size=plan.devices, tensor_parallel_size=1)
     return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)  # our buffers never change
 
 
 def _plugins(plan: RunPlan, precision: str) -> list[Any]:
     environment = [TorchElasticEnvironment()] if plan.devices > 1 else []  # however the processes were started
-    return environment + ([BFloat16Parameters()] if precision == "bf16-true" else [])
+    return [CheckpointIO(), *environment] + ([BFloat16Parameters()] if precision == "bf16-true" else [])
 
 
 def _profiler(name: str | None, folder: Path) -> Any:

@@ -43,6 +43,18 @@ def test_train_loop(repository: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_protections(repository: Path, tmp_path: Path) -> None:
+    speeds, saves = quick("protections", repository, tmp_path)
+    [speed], [save] = speeds["rows"], saves["rows"]
+    assert 0.05 < middle(speed["ours / off, wall"]) < 20
+    assert 0.05 < speed["all rounds, wall"] < 20
+    assert speed["checkpoints left"] == 2  # saves did happen, and the older ones are gone
+    assert save["MB"] > 1
+    assert save["loop waits, first ms"] > 0
+    assert 0 < middle(save["loop waits, then ms"]) < middle(save["thread writes ms"])
+
+
+@pytest.mark.slow
 def test_callback_overhead(repository: Path, tmp_path: Path) -> None:
     [table] = quick("callback_overhead", repository, tmp_path)
     [row] = table["rows"]
@@ -61,7 +73,7 @@ def test_data_loading(repository: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_memory(repository: Path, tmp_path: Path) -> None:
-    [table] = quick("memory", repository, tmp_path)
+    table, losses = quick("memory", repository, tmp_path)
     rows = {row["optimizer"]: row for row in table["rows"]}
     assert set(rows) == {"torch-adamw", "lion"}
     for row in rows.values():
@@ -71,3 +83,5 @@ def test_memory(repository: Path, tmp_path: Path) -> None:
         assert row["peak MiB"] > named - 1
         assert row["peak less than torch-adamw"] == pytest.approx(row["expected less"], abs=2)
     assert rows["torch-adamw"]["states"] == pytest.approx(2 * rows["lion"]["states"], abs=0.2)
+    chunked, whole = losses["rows"]
+    assert whole["peak MiB"] > 1.9 * whole["all logits in float32"] > 1.5 * chunked["peak MiB"] > 100

@@ -51,7 +51,7 @@ def test_the_state_is_one_integer_and_resumes_exactly(mixture: Mixture, workers:
     iterator = iter(first)
     seen = [next(iterator)["input_ids"].tolist() for _ in range(stop)]
     state = first.state_dict()
-    assert state == {"batches": stop}
+    assert state == {"sequences": 4 * stop, "offset": 0}
     second = loader(mixture, batch_size=4, count=48, num_workers=workers)
     second.load_state_dict(state)
     assert len(second) == 12
@@ -60,9 +60,47 @@ def test_the_state_is_one_integer_and_resumes_exactly(mixture: Mixture, workers:
     assert inputs(second) == whole  # the pass after the resumed one is a full one
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_bad_batches_are_left_out_for_good(mixture: Mixture, world_size: int) -> None:
+    """Three batches given, then the elements up to 28 left out, then those up to 52; as a rewind does."""
+    of_ranks = []
+    for rank in range(world_size):
+        split = {"batch_size": 4 // world_size, "count": 40, "rank": rank, "world_size": world_size}
+        plain, moved = loader(mixture, **split), loader(mixture, **split, not_before=28)
+        for one in (plain, moved):
+            one.load_state_dict({"sequences": 12})
+        assert (plain.elements(3), moved.elements(3)) == (range(12, 16), range(12, 16))
+        iterator = iter(moved)
+        seen = [next(iterator)["input_ids"].tolist() for _ in range(2)]
+        assert (moved.elements(3), moved.state_dict()) == (range(28, 32), {"sequences": 20, "offset": 16})
+        later = loader(mixture, **split, not_before=52)
+        later.load_state_dict(moved.state_dict())
+        of_ranks.append(seen + inputs(later))
+        assert (later.elements(5), len(inputs(plain))) == (range(52, 56), 7)
+    rows = [row for ranks in zip(*of_ranks, strict=True) for rank in ranks for row in rank]
+    wanted = [*range(28, 36), *range(52, 72)]
+    assert rows == [mixture[i]["input_ids"].tolist() for i in wanted]
+
+
 def test_a_state_of_another_loader_is_refused(mixture: Mixture) -> None:
-    with pytest.raises(ValueError, match="batch 13, this loader has 12"):
-        loader(mixture, batch_size=4, count=48).load_state_dict({"batches": 13})
+    with pytest.raises(ValueError, match="sequence 52, this loader has 48"):
+        loader(mixture, batch_size=4, count=48).load_state_dict({"sequences": 52})
+    with pytest.raises(ValueError, match="sequence 6, is no multiple of 4"):
+        loader(mixture, batch_size=4, count=48).load_state_dict({"sequences": 6})
+
+
+def test_another_split_goes_on_at_the_same_sequence(mixture: Mixture) -> None:
+    """Saved by one rank of batches of 8, loaded by two of 2."""
+    whole = [row for batch in inputs(loader(mixture, batch_size=8, count=48)) for row in batch]
+    first = loader(mixture, batch_size=8, count=48)
+    iterator = iter(first)
+    for _ in range(3):
+        next(iterator)
+    ranks = [loader(mixture, batch_size=2, count=48, rank=rank, world_size=2) for rank in range(2)]
+    for rank in ranks:
+        rank.load_state_dict(first.state_dict())
+    parts = [row for pair in zip(*map(inputs, ranks), strict=True) for batch in pair for row in batch]
+    assert parts == whole[24:]
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])

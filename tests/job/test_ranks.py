@@ -114,13 +114,13 @@ import sys
 sys.path[:0] = [{here!r}, {root!r}]
 from pathlib import Path
 from types import SimpleNamespace
-from lightning_opt.job import ranks
+from lightning_opt.job import ranks, signals
 from lightning_opt.job.ranks import start_ranks
 from lightning_opt.job.signals import Terminated, terminable
 from lightning_opt.run_folder import RunFolder
 import test_ranks
 if __name__ == "__main__":
-    ranks.LEAVE_S = 1.0
+    ranks.LEAVE_S, signals.ECHO_S = 1.0, 0.2
     try:
         with terminable():
             folder = RunFolder(Path({folder!r}))

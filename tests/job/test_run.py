@@ -80,6 +80,7 @@ class Door:
             text=True,
             cwd=self.folder,
             env=self.environment(),
+            start_new_session=True,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
@@ -150,19 +151,24 @@ def test_a_run_that_fails_leaves_its_traceback(door: Door) -> None:
 def test_a_run_that_is_stopped_says_so_and_the_same_command_takes_its_folder(
     door: Door, number: int, code: int
 ) -> None:
-    command = door.command("trainer.max_steps=100000")
+    """To the whole group, as a terminal or Slurm does: the loader's worker and the run both hear it."""
+    command = door.command("trainer.max_steps=100000", "data.num_workers=1")
     process = door.start(command)
     while not (line := process.stdout.readline()).startswith("step 5"):
         assert line or process.poll() is None
-    process.send_signal(number)
-    process.stdout.read()
+    os.killpg(process.pid, number)
+    said = process.stdout.read()
     assert process.wait(timeout=120) == code
+    assert "Traceback" not in said
+    assert "the same command takes up its folder" in said
     (folder,) = door.folders()
     assert read(folder / "status.json")["state"] == "PREEMPTED"
-    assert 5 <= read(folder / "status.json")["step"] < 100000
+    step = read(folder / "status.json")["step"]
+    assert 5 <= step < 100000
     process = door.start(command)
-    while not (line := process.stdout.readline()).startswith("run "):
+    while not (line := process.stdout.readline()).startswith("resume "):
         assert line or process.poll() is None
+    assert f"from step {step}:" in line
     process.kill()
     process.wait()
     assert door.folders() == [folder]

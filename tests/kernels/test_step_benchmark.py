@@ -12,6 +12,9 @@ import torch
 
 from benchmarks import optimizer_step
 from lightning_opt import optim
+from lightning_opt.kernels import native
+
+every = optimizer_step.ours
 
 
 class Clears(torch.optim.SGD):
@@ -33,7 +36,7 @@ class Overwrites(torch.optim.SGD):
 def prepared(make):
     params = optimizer_step.tensors([(4, 3), (5,)], torch.float32, "cpu")
     kept = [p.grad.clone() for p in params]
-    contender = optimizer_step.Contender("name", make)
+    contender = optimizer_step.Contender("name", "rule", make)
     return optimizer_step.prepare(contender, params, kept, "cpu"), contender, params, kept
 
 
@@ -54,10 +57,43 @@ def test_a_peer_that_is_not_installed_is_named_with_the_cause(monkeypatch):
     absent = list(optimizer_step._peer("no_such_package", "Lion", "absent Lion", {}))
     monkeypatch.setattr(optimizer_step, "ours", lambda dtype: [])
     monkeypatch.setattr(optimizer_step, "peers", lambda device: absent)
-    setting = optimizer_step.Setting(4, 1, 8, 4, rounds=1)
+    setting = optimizer_step.Setting(4, 1, 8, 4, rounds=1, slow=False)
     contenders, _, left_out = optimizer_step.measure(setting, torch.float32, "cpu", False, 1)
     assert optimizer_step.YARDSTICK in [c.name for c in contenders]
     assert "absent Lion (No module named 'no_such_package')" in left_out
+    assert "torch AdamW default (slow by its many calls: see the smaller set)" in left_out
+    assert "torch AdamW compiled (--quick takes no time to compile it)" in left_out
+
+
+def test_every_table_compiles_anew(monkeypatch):
+    """Ours is compiled within the first step that is timed, whatever was compiled before."""
+    built = []
+    build = native._build
+    monkeypatch.setattr(native, "_build", lambda text: built.append(len(inside)) or build(text))
+    inside = []
+    timed = optimizer_step.timed
+    monkeypatch.setattr(optimizer_step, "timed", lambda work, device: inside.append(1) or timed(work, device))
+    monkeypatch.setattr(
+        optimizer_step, "ours", lambda dtype: [c for c in every(dtype) if c.name == "ours lion compiled"]
+    )
+    monkeypatch.setattr(optimizer_step, "peers", lambda device: [])
+    for _ in range(2):
+        built.clear(), inside.clear()
+        optimizer_step.measure(optimizer_step.Setting(4, 1, 8, 4, 1, slow=False), torch.float32, "cpu", False, 1)
+        assert built == [1]
+
+
+def test_ours_is_compared_with_the_fastest_peer_of_its_rule_round_by_round():
+    def contender(name, rule, *walls):
+        return optimizer_step.Contender(name, rule, None, own=[(2 * wall, wall) for wall in walls])
+
+    ours = contender("ours lion compiled", "lion", 1.0, 4.0, 2.0)
+    peers = [contender("fast Lion", "lion", 2.0, 4.0, 1.0), contender("slow Lion", "lion", 9.0, 9.0, 9.0)]
+    rivals = optimizer_step.fastest_peers([ours, *peers, contender("fastest AdamW", "adamw", 0.1, 0.1, 0.1)])
+    assert rivals["lion"].name == "fast Lion"
+    assert optimizer_step.against(ours, rivals["lion"], 1) == "1.00 (0.50 to 2.00)"
+    assert optimizer_step.against(peers[1], rivals["lion"], 1) is None
+    assert optimizer_step.against(ours, rivals.get("muon"), 1) is None
 
 
 @pytest.mark.parametrize("name", optim.list_optimizers())

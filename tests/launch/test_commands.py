@@ -82,9 +82,9 @@ def test_a_sweep_makes_every_combination(jobs):
 
 
 def test_glob_and_range_sweeps(jobs):
-    assert main([*SWEEP, "schedule=glob(*s*)", "seed=range(1,3)", *OFF]) == 0
+    assert main([*SWEEP, "schedule=glob(co*)", "seed=range(1,3)", *OFF]) == 0
     made = [(job["config"]["schedule"]["name"], job["config"]["seed"]) for job in jobs]
-    assert made == [(name, seed) for name in ("constant", "cosine", "wsd") for seed in (1, 2)]
+    assert made == [(name, seed) for name in ("constant", "cosine") for seed in (1, 2)]
 
 
 def test_the_user_names_the_folder(jobs, tmp_path):

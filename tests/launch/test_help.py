@@ -8,9 +8,10 @@ from lightning_opt.launch import main
 
 
 def test_help_is_quick_and_says_what_there_is(train_py, repository):
-    done = min((train_py("--help") for _ in range(3)), key=lambda done: done.seconds)  # others may use the cores
+    tries = (train_py("--help") for _ in range(3))  # others may use the cores
+    done = next((done for done in tries if done.seconds < 1), None)
+    assert done is not None, "never within a second"
     assert done.code == 0
-    assert done.seconds < 1
     assert "heavy: []" in done.out
     for group in ("optimizer", "model", "data", "schedule", "scale", "experiment"):
         options = sorted(file.stem for file in (repository / "conf" / group).glob("*.yaml"))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -9,8 +10,13 @@ import pytest
 
 # arguments, what the line starts with, what it must also say
 NAMED = [
-    (["optimzer=lion"], "optimzer = lion: ", "did you mean optimizer?"),
     (["optimizer=lionn"], "optimizer = lionn: ", "did you mean lion?"),
+    (["data=files", "data.path=no_such_folder"], "data.path = no_such_folder: ", "not found"),
+    (["trainer.global_batch_size=10", "trainer.micro_batch_size=4"], "trainer.global_batch_size = 10: ", "8 or 12"),
+]
+
+MORE = [
+    (["optimzer=lion"], "optimzer = lion: ", "did you mean optimizer?"),
     (["lrr=3"], "lrr = 3: ", "did you mean optimizer.lr?"),
     (["+lrr=3"], "+lrr = 3: ", "did you mean optimizer.lr?"),
     (["optimizer.lr=abc"], "optimizer.lr = abc: ", "must be a number > 0"),
@@ -20,12 +26,7 @@ NAMED = [
     (["optimizer.weight_decay=-0.1"], "optimizer.weight_decay = -0.1: ", ">= 0"),
     (["trainer.precision=fp17"], "trainer.precision = fp17: ", "auto, 32-true, bf16-mixed, bf16-true"),
     (["model=llama_131m"], "model = llama_131m: ", "did you mean llama_130m?"),
-    (["data=files", "data.path=no_such_folder"], "data.path = no_such_folder: ", "not found"),
     (["schedule.warmup=5000"], "schedule.warmup = 5000: ", "run of 800 steps"),
-    (["trainer.global_batch_size=10", "trainer.micro_batch_size=4"], "trainer.global_batch_size = 10: ", "8 or 12"),
-]
-
-MORE = [
     (["model=nanno"], "model = nanno: ", "did you mean nano?"),
     (["trainer.devices=3"], "trainer.global_batch_size = 8: ", "multiple of devices"),
     (["trainer.strategy=ddpp"], "trainer.strategy = ddpp: ", "auto, ddp"),
@@ -110,16 +111,29 @@ def test_refused_by_train_py(train_py, tmp_path, arguments, start, words):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_sweep_below_torchrun_is_refused_once(jobs, capsys, monkeypatch):
+def test_a_sweep_below_torchrun_is_refused_once_on_each_machine(jobs, capsys, monkeypatch):
     from lightning_opt.launch import main
 
-    for name, value in {"TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
-        monkeypatch.setenv(name, value)
-    for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
+    for rank, local_rank in ((0, 0), (1, 1), (2, 0), (3, 1)):  # two machines
+        places = {"TORCHELASTIC_RUN_ID": "x", "RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": 4}
+        for name, value in places.items():
+            monkeypatch.setenv(name, str(value))
         assert main(["-m", "seed=1,2", "evaluation=none"]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("-m = torchrun: a sweep starts its jobs itself")
+    assert second == f"{socket.gethostname()}: {first}"
+    assert not jobs
+
+
+def test_a_machine_that_lacks_the_data_says_so(jobs, capsys, monkeypatch, tmp_path):
+    from lightning_opt.launch import main
+
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    across = ["trainer=ddp", "trainer.devices=1", "trainer.num_nodes=2"]
+    assert main([*across, "data=files", f"data.path={tmp_path}/none"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("-m = torchrun: a sweep starts its jobs itself")
+    assert line.startswith(f"{socket.gethostname()}: data.path = {tmp_path}/none: ")
     assert not jobs
 
 

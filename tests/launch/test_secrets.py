@@ -1,6 +1,7 @@
 """Secrets by override, environment and reference: none reaches what the job is told to write."""
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from lightning_opt.launch import main, redact
 
@@ -50,6 +51,8 @@ def test_a_secret_inside_a_map_is_blotted_out(told):
         ("+logger.x.hf_token=abc", "+logger.x.hf_token=[redacted]"),
         ("logger.x.token=${oc.env:T}", "logger.x.token=${oc.env:T}"),
         ("logger.x={password: abc, a: 1}", "logger.x={password:[redacted],a:1}"),
+        ("logger.x.url=https://me:abc@host/x", "logger.x.url='https://[redacted]@host/x'"),
+        ("logger.x.url='https://me:abc@host/x y'", "logger.x.url='https://[redacted]@host/x y'"),
         ("trainer.max_tokens=5", "trainer.max_tokens=5"),
         ("data.tokenizer.path=x", "data.tokenizer.path=x"),
         ("optimizer=lion", "optimizer=lion"),
@@ -57,6 +60,7 @@ def test_a_secret_inside_a_map_is_blotted_out(told):
 )
 def test_redact(line, kept):
     assert redact([line]) == [kept]
+    OverridesParser.create().parse_override(kept)  # as a sweep does with those of its earlier jobs
 
 
 HIDDEN = [

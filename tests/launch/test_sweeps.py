@@ -275,13 +275,10 @@ def test_the_page_can_be_looked_at_while_jobs_run(start, tmp_path):
     assert out.count("the comparison could not be written: RuntimeError: no page") == 1
 
 
-def test_a_job_where_nothing_is_swept_goes_by_the_runs_name(start):
-    _, out = start("seed=1").wait()
+def test_one_job_goes_by_the_runs_name_and_inherits_no_more_of_the_path_than_it_needs(start, tmp_path, repository):
+    code, out = start("seed=1").wait()
+    assert code == 0, out
     assert re.search(r"^\[1/1\] adamw_nano-[0-9a-f]{8}$", out, re.MULTILINE), out
-
-
-def test_the_jobs_inherit_no_more_of_the_path_than_they_need(start, tmp_path, repository):
-    assert start("seed=1").wait()[0] == 0
     (job,) = folders(tmp_path)[0].jobs()
     named = tries(job)[0]["path"].split(os.pathsep)
     assert named[0] == str(repository)
@@ -302,7 +299,7 @@ def test_jobs_of_an_earlier_command_are_no_matter_of_this_one(start, tmp_path):
     assert (killed["state"], killed["reason"]) == ("PREEMPTED", "its process is gone")
     assert read_status(folder.status)["reason"] == "2 of 5 jobs without a result"
     first = f"train.py -m seed=1,{LONG},2 hydra.sweep.dir=k evaluation=none"
-    assert f"2 of 5 jobs have no result; the same command again runs only those: {first}\n" in out
+    assert f"2 of 5 jobs have no result; the same command again runs only those: python {first}\n" in out
     assert out.count("runs only those") == 1
     newest = f"train.py -m seed=5,{DIVERGES} hydra.sweep.dir=k evaluation=none"
     assert json.loads(folder.sweep.read_text())["command"] == newest

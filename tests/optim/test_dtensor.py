@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -81,3 +83,29 @@ def _on_two(rank: int, store: str) -> None:
 
 def test_two_ranks_with_an_empty_part(tmp_path):
     torch.multiprocessing.spawn(_on_two, (f"{tmp_path}/store",), nprocs=2)
+
+
+@pytest.mark.parametrize("name", optim.list_optimizers())
+@pytest.mark.parametrize("way", ["eager", "foreach", "fused"])
+def test_a_masked_step_leaves_sharded_weights_alone(name, way, one_process):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    if way not in kernels.possible(optim.find_rule(name)):
+        pytest.skip("no such kernel")
+    torch.manual_seed(0)
+    model = nn.Linear(8, 16)
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    optimizer = optim.build(model, {"name": name, "lr": 1e-2, "weight_decay": 0.1, "implementation": way})
+    skips = [False, True, False]
+    optimizer.register_before_update_hook(lambda o: o.skip_step(torch.tensor(skips[len(seen) - 1])))
+    seen = []
+    for _ in skips:
+        seen.append([p.full_tensor().detach().clone() for p in model.parameters()])
+        model.zero_grad()
+        model(torch.randn(5, 8)).square().sum().backward()
+        optimizer.step()
+    seen.append([p.full_tensor().detach() for p in model.parameters()])
+    same = [all(torch.equal(a, b) for a, b in zip(*pair, strict=True)) for pair in itertools.pairwise(seen)]
+    assert same == skips
+    assert {state["step"] for state in optimizer.state_dict()["state"].values()} == {2}

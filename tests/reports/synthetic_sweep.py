@@ -77,9 +77,9 @@ def build_sweep(folder: Path, jobs: list[dict[str, Any]], command: str = "train.
         differs = {"optimizer": job["optimizer"], "optimizer.lr_scale": job["scale"], "seed": job["seed"]}
         place = folder / job_name(differs, f"{number:08x}")
         if job["final"] is not None:
-            rest = {key: value for key, value in job.items() if key not in ("optimizer", "final", "more")}
+            rest = {key: value for key, value in job.items() if key not in ("optimizer", "final", "more", "command")}
             build_job(place, job["optimizer"], job["final"], **rest | {"overrides": overrides})
-        listed.append(SweepJob(RunFolder(place), f"{number:08x}", overrides, differs))
+        listed.append(SweepJob(RunFolder(place), f"{number:08x}", overrides, differs, job.get("command", "")))
     SweepFolder(folder).write(command, ["optimizer", "optimizer.lr_scale"], listed)
     (folder / "status.json").write_text(json.dumps({"state": "RUNNING", "owner": {}}))
     return folder

@@ -87,7 +87,7 @@ def test_every_job_is_shown_as_what_it_is(page: Page) -> None:
     }
     left = "1 running, 1 stopped, 1 preempted, 1 failed, 1 not started"
     assert f"5 of 8 jobs can still change what follows: {left}." in page.text
-    assert "What failed is missing from the ranking; the same command runs it again." in page.text
+    assert "What failed is missing from the ranking; the command that asked for it runs it again." in page.text
     assert f"python {COMMAND}" in page.text
 
 
@@ -174,7 +174,9 @@ HOSTILE = "<script>alert(1)</script>\n# heading | **bold** [x](javascript:alert(
 def test_no_text_of_a_file_becomes_markup(tmp_path: Path) -> None:
     jobs = middle()
     for job in jobs:
-        job |= {"reason": HOSTILE, "more": [f"trainer.note={HOSTILE}{job['scale']}"], "plan": {"model": HOSTILE}}
+        job |= {"reason": HOSTILE, "more": [f"trainer.note={HOSTILE}{job['scale']}"], "env": {"device_name": HOSTILE}}
+        job["plan"] = {"model": HOSTILE, "data": HOSTILE, "corpora": [{"name": HOSTILE, "weight": 1.0}]}
+        job["optimizer"] += HOSTILE
     folder = build_sweep(tmp_path / "sweep", jobs, HOSTILE)
     page = drawn(folder)
     assert page.faults == []

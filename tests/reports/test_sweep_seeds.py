@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 import statistics
@@ -14,7 +15,7 @@ from html_page import Page
 from synthetic_sweep import build_job, build_sweep, job_config
 
 from lightning_opt import reports
-from lightning_opt.reports import ranking
+from lightning_opt.reports import ranking, targets
 from lightning_opt.reports.jobs import of_sweep
 from lightning_opt.reports.verdicts import verdict
 from lightning_opt.run_folder import RunFolder, SweepFolder, SweepJob
@@ -84,6 +85,22 @@ def test_the_page_says_what_the_test_takes_for_granted(tmp_path: Path) -> None:
     assert "that the best of several settings was picked is not corrected for" in page.text
 
 
+def test_runs_of_one_setting_and_seed_count_alike_in_any_order(tmp_path: Path) -> None:
+    twice = [*repeated("lion", 1.0, 3.3), *repeated("lion", 1.0, 3.1)]  # seed 0, two times
+    others = [*repeated("lion", 2.0, 3.22), *repeated("adamw", 1.0, 3.25, 3.26)]
+    told = set()
+    for number, jobs in enumerate(itertools.permutations([*twice, *others])):
+        if number % 17 == 0:
+            group = group_of(tmp_path / str(number), list(jobs))
+            cell = next(cell for cell in group.standings[0].cells if len(cell.jobs) == 2)
+            assert (cell.mean, cell.n, cell.std) == (pytest.approx(3.2), 1, None)
+            told.add((verdict(group), targets.of_cell(cell, 3.2)[1]))
+    [(_, reached)] = told
+    assert reached == 1
+    page = page_of(tmp_path / "page", twice, repeated("adamw", 1.0, 3.205), repeated("adamw", 2.0, 3.5))
+    assert "reached by 1 of 2" in page.text
+
+
 def test_more_values_are_offered_with_all_seeds(tmp_path: Path) -> None:
     page = page_of(tmp_path / "sweep", repeated("adamw", 1.0, 3.0, 3.01), repeated("adamw", 2.0, 2.9, 2.91))
     assert "python train.py -m optimizer=adamw seed=0,1 optimizer.lr_scale=4,8 hydra.sweep.dir=" in page.text
@@ -147,6 +164,14 @@ def test_a_failed_job_can_be_run_again(tmp_path: Path) -> None:
     page = page_of(tmp_path / "sweep", [{"optimizer": "adamw", "final": 3.5}, failed])
     assert "Go on with this sweep" in page.text
     assert f"python {COMMAND}" in page.text.split("Go on with this sweep")[1]
+
+
+def test_each_command_of_a_grown_sweep_is_offered_for_its_jobs(tmp_path: Path) -> None:
+    left = [{"optimizer": name, "final": None, "command": line} for name, line in
+            (("lion", "train.py -m seed=1"), ("muon", "train.py -m seed=2"), ("soap", "train.py -m seed=1"))]  # fmt: skip
+    page = page_of(tmp_path / "sweep", [{"optimizer": "adamw", "final": 3.5}, *left])
+    said = re.findall(r"Go on with this sweep, (\d) of 4 jobs.*?python (train.py -m seed=\d)", page.text)
+    assert said == [("2", "train.py -m seed=1"), ("1", "train.py -m seed=2")]
 
 
 def test_a_comparison_is_drawn_again_from_what_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

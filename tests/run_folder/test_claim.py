@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_opt.run_folder import FolderRefused, Status, claim, config_hash, read_status
+from lightning_opt.run_folder import FolderRefused, Status, adoptable, claim, config_hash, read_status
 
 HASH = "0123abcd"
 
@@ -85,6 +85,7 @@ time.sleep({seconds})
     return [sys.executable, "-c", code]
 
 
+@pytest.mark.fault(33, "two launches in the same second: different folders, nothing overwritten")
 def test_launches_in_the_same_moment_get_different_folders(tmp_path: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         runs = list(
@@ -143,6 +144,33 @@ def test_the_hash_ignores_order_name_and_resume() -> None:
     assert config_hash(loading) == config_hash({**loading, "data": {"path": "a", "num_workers": 4, "cache_dir": "y"}})
     assert config_hash(loading) != config_hash({**loading, "data": {"path": "b", "num_workers": 0, "cache_dir": "x"}})
     assert len(config_hash(config)) == 8
+    saved = {**config, "callbacks": {"checkpoint": {"keep_last": 2}, "memory": {}}, "resume_allow": []}
+    other = {**saved, "callbacks": {"checkpoint": {"keep_last": 1}, "memory": {}}, "resume_allow": ["data"]}
+    assert config_hash(saved) == config_hash(other)  # so that a run that was refused can be gone on with
+
+
+def test_a_run_that_starts_from_a_checkpoint_is_another() -> None:
+    config = {"seed": 1, "resume": "auto"}
+    elsewhere = {"seed": 1, "resume": "runs/x"}
+    assert config_hash(config) != config_hash(elsewhere)
+    assert config_hash(elsewhere) == config_hash({**elsewhere, "resume": "./runs/x/"})
+    assert config_hash(elsewhere) != config_hash({**elsewhere, "resume": "runs/y"})
+
+
+def test_what_would_be_adopted_is_told_without_touching_it(tmp_path: Path) -> None:
+    assert adoptable(tmp_path, "run", HASH) is None
+    first, _ = claim(tmp_path, "run", HASH)
+    assert adoptable(tmp_path, "run", HASH) is None  # we live
+    leave(first.path, "PREEMPTED")
+    before = first.status.read_bytes()
+    for found in (adoptable(tmp_path, "run", HASH), adoptable(tmp_path, "run", HASH, path=first.path)):
+        assert found == first
+    assert adoptable(tmp_path, "run", "ffff0000") is None
+    assert adoptable(tmp_path, "run", "ffff0000", path=first.path) is None
+    assert first.status.read_bytes() == before
+    leave(first.path, "FINISHED")
+    assert adoptable(tmp_path, "run", HASH) is None
+    assert adoptable(tmp_path, "run", HASH, grows=True) == first
 
 
 def test_status_tells_how_it_ended(tmp_path: Path) -> None:

@@ -114,3 +114,26 @@ def test_the_summary_follows_from_the_records(tmp_path: Path) -> None:
     assert summary["optimizer"] == "lion"
     assert summary["mfu"] is None
     assert summary["evaluation"] is None
+
+
+def test_the_summary_tells_what_the_run_survived(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    write_json(folder.plan, {"max_steps": 900})
+    assert summarize(folder)["resumed_from"] == []
+    assert summarize(folder)["skipped_steps"] == 0
+    for kind, fields in (
+        ("step_skipped", {"step": 100}),
+        ("checkpoint_failed", {"step": 200, "reason": "No space left on device"}),
+        ("step_skipped", {"step": 310}),
+        ("preempted", {"step": 350}),
+        ("resumed", {"step": 300}),
+        ("step_skipped", {"step": 310}),  # lived again
+        ("rewound", {"step": 400}),
+        ("resumed", {"step": 350}),  # its way back, no restart
+        ("resumed", {"step": 360}),
+    ):
+        append_event(folder.events, kind, **fields)
+    told = {key: summarize(folder)[key] for key in ("resumed_from", "failed_saves", "skipped_steps", "rewinds")}
+    assert told == {"resumed_from": [300, 360], "failed_saves": 1, "skipped_steps": 2, "rewinds": 1}
+    append_event(folder.events, "restarted")  # from the first step, for want of a good checkpoint
+    assert summarize(folder)["skipped_steps"] == 0

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from lightning_opt import models, optim, training
+from lightning_opt.callbacks import LossGuard
 from lightning_opt.optim import schedules
 from lightning_opt.plan import RunPlan
 from lightning_opt.run_folder import Diverged, RunFolder, read_metrics
@@ -75,6 +76,9 @@ def run(
     model: dict[str, Any] | None = None,
     val_sequences: int = 8,
     group: training.Group | None = None,
+    train: Any = None,
+    resume: Path | None = None,
+    asked: Any = lambda: None,
     **trainer: Any,
 ) -> training.PretrainModule:
     training.prepare(seed, None)
@@ -102,7 +106,7 @@ def run(
         token_bytes=np.full(VOCABULARY, 2),
     )
     data = training.TokenDataModule(
-        Sequences(),
+        train or Sequences(),
         {"a": Sequences(), "b": Sequences()},
         micro_batch_size=plan.micro_batch_size,
         micro_batches=plan.max_steps * plan.accumulate,
@@ -122,9 +126,11 @@ def run(
         loggers=[],
         status=status,
         group=group,
+        resume=resume,
+        asked=asked,
     )
     assert status.step == result.steps
-    assert result.steps == plan.max_steps
+    assert result.steps == plan.max_steps or result.stopped_by
     return module
 
 
@@ -263,7 +269,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(tmp_path: Path) -
             modules.append(module)
 
     with pytest.raises(Diverged, match=r"gradient norm nan at step 4 \(loss \d"):
-        run(tmp_path, callbacks=[poison, Keep()])
+        run(tmp_path, callbacks=[LossGuard(), poison, Keep()])
     for before, after in zip(poison.before, modules[0].parameters(), strict=True):
         assert torch.equal(before, after)
     assert read_metrics(tmp_path / "metrics.csv")["step"] == [1, 2, 3]

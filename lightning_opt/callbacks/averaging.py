@@ -1,0 +1,50 @@
+"""Are averaged weights better? An exponential moving average of them, which is what is validated and kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import EMAWeightAveraging
+
+from lightning_opt.plan import ConfigError
+
+
+class EMA(EMAWeightAveraging):
+    """Lightning's `EMAWeightAveraging` as a run needs it.
+
+    Validation sees the average, and so does everything after the last step: the exported model, evaluation. Checkpoints
+    hold both, the average as ``state_dict`` and the trained weights beside it. A skipped step counts: the average moves
+    towards weights that stayed where they were.
+
+    Buffers are copied, not averaged: whole numbers have no average. A run that was already complete when it was resumed
+    trains nothing more, so that Lightning would leave it with the trained weights; here it has the average.
+
+    Source: Polyak and Juditsky 1992 (averaging); Tarvainen and Valpola 2017 (arXiv 1703.01780), the exponential one.
+
+    Args:
+        decay: of the average per step; about ``1 / (1 - decay)`` steps are remembered.
+        **more: of Lightning's callback, for example ``update_every_n_steps``.
+
+    Raises:
+        ConfigError: for a decay out of range, or where the weights are split over ranks (FSDP2).
+    """
+
+    def __init__(self, decay: float = 0.999, **more: Any) -> None:
+        if not 0 <= decay < 1:
+            raise ConfigError("ema.decay", decay, "must be a number from 0 to below 1")
+        super().__init__(decay=decay, **{"use_buffers": False, **more})
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Makes the average; refuses weights that no process has whole."""
+        if isinstance(trainer.strategy, pl.strategies.ModelParallelStrategy | pl.strategies.FSDPStrategy):
+            raise ConfigError("callbacks", "ema", "needs whole weights on every rank: trainer.strategy=ddp")
+        super().setup(trainer, pl_module, stage)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Takes both; the average alone where nothing is left to train."""
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        if self._average_model is not None and 0 <= trainer.max_steps <= checkpoint["global_step"]:
+            self._copy_average_to_current(pl_module)

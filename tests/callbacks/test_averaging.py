@@ -1,0 +1,111 @@
+"""EMA against numpy on the weights that the project recorded itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from foreign_project import Foreign, Rows, fit
+
+from lightning_opt.callbacks import EMA
+from lightning_opt.plan import ConfigError
+
+DECAY = 0.8
+
+
+class Recording(Foreign):
+    """Keeps its weights after every step, and what validation saw; has a whole number that has no average."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.tensor(5))
+        self.weights, self.validated = [], []
+
+    def row(self) -> np.ndarray:
+        return torch.cat([p.detach().flatten() for p in self.parameters()]).double().numpy()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.weights.append(self.row())
+
+    def on_validation_start(self) -> None:
+        self.validated.append(None)
+
+    def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        self.validated[-1] = self.row()
+
+
+def averages(weights: list[np.ndarray]) -> list[np.ndarray]:
+    """After each step; the first is the first step's weights."""
+    result = [weights[0]]
+    for row in weights[1:]:
+        result.append(DECAY * result[-1] + (1 - DECAY) * row)
+    return result
+
+
+def test_the_average_is_that_of_numpy_and_is_what_is_validated_and_kept(tmp_path: Path) -> None:
+    module = Recording()
+    fit(
+        tmp_path,
+        module,
+        [EMA(DECAY)],
+        val_rows=Rows(8),
+        max_steps=12,
+        val_check_interval=5,
+        check_val_every_n_epoch=None,
+    )
+    expected = averages(module.weights)
+    np.testing.assert_allclose(module.validated[0], expected[4], rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(module.validated[1], expected[9], rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(module.row(), expected[-1], rtol=1e-5, atol=1e-7)
+    assert np.abs(module.row() - module.weights[-1]).max() > 1e-3
+    assert module.count == 5
+
+
+def rows() -> torch.Tensor:
+    return Rows(6 * 4).tokens.repeat(3, 1)  # a resumed run's loader starts again, with the same six batches
+
+
+def test_it_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    whole, first, second = Recording(), Recording(), Recording()
+    fit(tmp_path, whole, [EMA(DECAY)], rows=rows(), max_steps=12)
+    fit(tmp_path, first, [EMA(DECAY), SaveAt(6, tmp_path / "at6.ckpt")], rows=rows(), max_steps=8)
+    fit(tmp_path, second, [EMA(DECAY)], rows=rows(), max_steps=12, ckpt_path=tmp_path / "at6.ckpt")
+    assert np.array_equal(whole.row(), second.row())
+    assert not np.array_equal(first.row(), second.row())
+
+
+class SaveAt(pl.Callback):
+    """Saves in the middle, as a run does."""
+
+    def __init__(self, step: int, path: Path) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def test_a_run_that_was_complete_has_the_average(tmp_path: Path) -> None:
+    """Lightning trains nothing then, and tells its callback of no end."""
+    module, again = Recording(), Recording()
+    fit(tmp_path, module, [EMA(DECAY), SaveAt(6, tmp_path / "at6.ckpt")], rows=rows(), max_steps=6)
+    fit(tmp_path, again, [EMA(DECAY)], rows=rows(), max_steps=6, ckpt_path=tmp_path / "at6.ckpt")
+    assert again.weights == []
+    assert np.array_equal(module.row(), again.row())
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
+def test_a_decay_out_of_range(decay: float) -> None:
+    with pytest.raises(ConfigError, match=r"ema\.decay"):
+        EMA(decay)
+
+
+def test_split_weights_are_refused() -> None:
+    strategy = pl.strategies.ModelParallelStrategy()
+    with pytest.raises(ConfigError, match="strategy=ddp"):
+        EMA().setup(SimpleNamespace(strategy=strategy), None, "fit")
