@@ -193,22 +193,7 @@ def _train(
     callbacks = pieces.callbacks(order, folder, plan, given)
     start = _agreed(group, lambda: _start(order, folder, plan, (model, optimizer), callbacks, identity))
     if group.first:
-        planned = record.planned(
-            config,
-            plan,
-            token_data=token_data,
-            anatomy=described,
-            optimizer=optimizer,
-            flops_per_token=flops,
-            precision=precision,
-            tuned=order.tuned,
-        )
-        env = record.environment(
-            token_data.fingerprint, training.choose_device(config["trainer"]["accelerator"]), config["trainer"]
-        )
-        write_json(folder.env, env)
-        write_json(folder.plan, planned)
-        notices.banner(folder.path, planned, env)
+        _write_down(order, folder, plan, token_data, described, optimizer, flops, precision)
         notices.resumed(start.notes if start else ())
     with terminable() as signals, signals.deferred():
         fitted = training.fit(
@@ -230,6 +215,36 @@ def _train(
     if fitted.stopped_by:  # another rank was asked
         raise Terminated(fitted.stopped_by)
     return module.whole_model(keep=group.first), token_data.tokenizer
+
+
+def _write_down(
+    order: Order,
+    folder: RunFolder,
+    plan: RunPlan,
+    token_data: Any,
+    described: Any,
+    optimizer: Any,
+    flops: float | None,
+    precision: tuple[str, str],
+) -> None:
+    """What is known before the first step: into the folder, and on the terminal."""
+    from lightning_opt import training
+
+    trainer = order.config["trainer"]
+    planned = record.planned(
+        order.config,
+        plan,
+        token_data=token_data,
+        anatomy=described,
+        optimizer=optimizer,
+        flops_per_token=flops,
+        precision=precision,
+        tuned=order.tuned,
+    )
+    env = record.environment(token_data.fingerprint, training.choose_device(trainer["accelerator"]), trainer)
+    write_json(folder.env, env)
+    write_json(folder.plan, planned)
+    notices.banner(folder.path, planned, env)
 
 
 def _start(

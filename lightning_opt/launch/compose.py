@@ -48,6 +48,8 @@ class Composer:
         if self.extra is not None:
             path.prepend("command-line", f"file://{self.extra.resolve()}", SearchPathQuery(provider="schema"))
         GlobalHydra.instance().clear()
+        store = ConfigStore.instance()
+        store.__deepcopy__ = lambda memo: store  # Hydra copies all of it at every composition, and each node once more
         register_tuned(tuple(self.options_in("scale")), tuple(self.options_in("schedule")))
         self._hydra = Hydra.create_main_hydra2("train", path)
         schemas = ConfigStore.instance().repo["hydra"]["launcher"]

@@ -165,11 +165,11 @@ def harass(victim: Victim, kills: int, seed: int, training_s: float, scoring_s: 
         scoring = number > kills - late
         # what is left of the training is shared among the kills to come; none is left out because the run was over
         share = min(0.8, 2 / max(2, kills - late - number + 2))
-        wait = draw.uniform(0, scoring_s / 2 if scoring else left * share * training_s)
+        wait = draw.uniform(0, scoring_s / 4 if scoring else left * share * training_s)
         with victim.life() as life:
             came = life.until(_SCORING if scoring else _STEP)
             time.sleep(wait)
-            if not came or life.process.poll() is not None:
+            if not came or life.process.poll() is not None or "\nFINISHED" in life.text():
                 raise RuntimeError(f"life {number} ended by itself:\n{life.text()[-5000:]}")
             life.kill()
             step, steps = map(int, (_STEP.findall(life.text()) or [("0", "1")])[-1])

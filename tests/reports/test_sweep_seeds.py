@@ -167,8 +167,8 @@ def test_a_failed_job_can_be_run_again(tmp_path: Path) -> None:
 
 
 def test_each_command_of_a_grown_sweep_is_offered_for_its_jobs(tmp_path: Path) -> None:
-    left = [{"optimizer": name, "final": None, "command": line} for name, line in
-            (("lion", "train.py -m seed=1"), ("muon", "train.py -m seed=2"), ("soap", "train.py -m seed=1"))]  # fmt: skip
+    lines = {"lion": "train.py -m seed=1", "muon": "train.py -m seed=2", "soap": "train.py -m seed=1"}
+    left = [{"optimizer": name, "final": None, "command": line} for name, line in lines.items()]
     page = page_of(tmp_path / "sweep", [{"optimizer": "adamw", "final": 3.5}, *left])
     said = re.findall(r"Go on with this sweep, (\d) of 4 jobs.*?python (train.py -m seed=\d)", page.text)
     assert said == [("2", "train.py -m seed=1"), ("1", "train.py -m seed=2")]
