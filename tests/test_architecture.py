@@ -30,6 +30,7 @@ def test_imports_run_one_way(repository: Path) -> None:
         ("lightning_opt.job", ("torch", "lightning", "hydra")),
         ("lightning_opt.evaluation", ("torch", "lm_eval")),
         ("lightning_opt.data", ("torch", "grain", "datasets")),
+        ("lightning_opt.checkpoints", ("torch", "lightning", "transformers", "hydra")),
     ],
 )
 def test_a_room_imports_only_what_it_needs(module: str, absent: tuple[str, ...], repository: Path) -> None:
