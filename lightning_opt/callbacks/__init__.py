@@ -12,7 +12,7 @@ __getattr__, __dir__, __all__ = attach(
         "memory": ["Memory"],
         "stability": ["Stability"],
         "loss_guard": ["LossGuard", "Rewind"],
-        "averaging": ["EMA"],
+        "averaging": ["EMA", "averages"],
         "progress": ["Progress"],
         "export": ["Export"],
         "checkpoint": ["Checkpoint"],

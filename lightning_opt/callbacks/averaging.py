@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 
-from lightning_opt.plan import ConfigError
+from lightning_opt.plan import ConfigError, check_value
 
 
 class EMA(EMAWeightAveraging):
     """Lightning's `EMAWeightAveraging` as a run needs it.
 
     Validation sees the average, and so does everything after the last step: the exported model, evaluation. Checkpoints
-    hold both, the average as ``state_dict`` and the trained weights beside it. A skipped step counts: the average moves
-    towards weights that stayed where they were.
+    hold both, the average as ``state_dict`` and the trained weights beside it, also one that is saved within a
+    validation. A skipped step counts: the average moves towards weights that stayed where they were.
 
     Buffers are copied, not averaged: whole numbers have no average. A run that was already complete when it was resumed
     trains nothing more, so that Lightning would leave it with the trained weights; here it has the average.
@@ -31,15 +32,29 @@ class EMA(EMAWeightAveraging):
     """
 
     def __init__(self, decay: float = 0.999, **more: Any) -> None:
-        if not 0 <= decay < 1:
-            raise ConfigError("ema.decay", decay, "must be a number from 0 to below 1")
+        check_value("callbacks.EMA.decay", decay, field="ema.decay")
         super().__init__(decay=decay, **{"use_buffers": False, **more})
+        self._exchanged = False  # within a validation the module holds the average
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Makes the average; refuses weights that no process has whole."""
         if isinstance(trainer.strategy, pl.strategies.ModelParallelStrategy | pl.strategies.FSDPStrategy):
             raise ConfigError("callbacks", "ema", "needs whole weights on every rank: trainer.strategy=ddp")
+        self._exchanged = False
         super().setup(trainer, pl_module, stage)
+
+    def _swap_models(self, pl_module: pl.LightningModule) -> None:
+        super()._swap_models(pl_module)
+        self._exchanged = not self._exchanged
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Adds the average, and says which of the two is which."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if self._exchanged:
+            average, trained = checkpoint["current_model_state"], checkpoint["state_dict"]
+            checkpoint.update(state_dict=average, current_model_state=trained)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -48,3 +63,8 @@ class EMA(EMAWeightAveraging):
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
         if self._average_model is not None and 0 <= trainer.max_steps <= checkpoint["global_step"]:
             self._copy_average_to_current(pl_module)
+
+
+def averages(callbacks: Iterable[Any]) -> bool:
+    """Whether one of them averages the weights, so that a checkpoint holds them twice."""
+    return any(isinstance(callback, WeightAveraging | StochasticWeightAveraging) for callback in callbacks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -14,8 +15,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_opt.callbacks.checkpoint_io import CheckpointIO
 from lightning_opt.callbacks.rng import of_all_ranks, rng_state, set_rng_state
-from lightning_opt.checkpoints import Retention, Store
-from lightning_opt.plan import ConfigError
+from lightning_opt.checkpoints import Retention, Store, find
+from lightning_opt.plan import check_value
 
 log = logging.getLogger("lightning_opt.callbacks")
 
@@ -28,7 +29,8 @@ class Checkpoint(pl.callbacks.Checkpoint):
     """Saves a run so that it goes on to the last bit: ``trainer.fit(model, ckpt_path="checkpoints/step-000300")``.
 
     Fires between two optimizer steps only: in `on_train_batch_end`; at a step with validation in `on_validation_end`,
-    where the metric is known; and in `on_train_end` if the last step is not saved yet. The training loop waits for the
+    where the metric is known; and in `on_train_end` if the last step is not saved yet. A step whose validation makes it
+    one of the `keep_best` so far is saved whatever the interval, but for 0. The training loop waits for the
     copy to host memory, a thread for the disk; the last step's checkpoint is waited for. A save that fails is an event
     and an error in the log, and training goes on.
 
@@ -68,8 +70,7 @@ class Checkpoint(pl.callbacks.Checkpoint):
         monitor: str = "val/loss",
         directory: str | Path | None = None,
     ) -> None:
-        if every_n_steps is not None and every_n_steps < 0:
-            raise ConfigError("checkpoint.every_n_steps", every_n_steps, "must be null, or an integer >= 0")
+        check_value("callbacks.Checkpoint.every_n_steps", every_n_steps, field="checkpoint.every_n_steps")
         self.every_n_steps = every_n_steps
         self.retention = Retention(keep_last, keep_best, keep_every_n_steps, monitor)
         self.identity: dict[str, Any] | None = None
@@ -78,7 +79,11 @@ class Checkpoint(pl.callbacks.Checkpoint):
         self._directory = directory
         self._store: Store | None = None
         self._seen = self._saved = 0  # steps
+        self._loaded: int | None = None  # the step that it went on from
+        self._tokens_apart = 0  # what earlier steps of another size make up
         self._awaited = self._validated = False  # a validation, at this step
+        self._between = False  # two optimizer steps
+        self._under_way: dict[int, float] = {}  # the metric of the step saved last, which may not be on disk yet
         self._passed: list[Any] = []  # states of loaders that were saved behind their last batch
         self._rng: dict[str, Any] | None = None
 
@@ -90,15 +95,17 @@ class Checkpoint(pl.callbacks.Checkpoint):
         if trainer.is_global_zero:
             told = {} if self.on_event is None else {"on_event": self.on_event}
             self._store = Store(self._root, **asdict(self.retention), **told)
-        trainer.strategy.checkpoint_io = CheckpointIO(self._store)
-        self._seen = self._saved = 0
-        self._awaited, self._passed, self._rng = False, [], None
+        verified = getattr(trainer.strategy.checkpoint_io, "verified", None)
+        trainer.strategy.checkpoint_io = CheckpointIO(self._store, verified)
+        self._seen = self._saved = self._tokens_apart = 0
+        self._awaited, self._passed, self._rng, self._under_way = False, [], None, {}
+        self._loaded = None
 
     # -- when -------------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The last moment before the first batch: random numbers go on where they were."""
-        self._seen = trainer.global_step
+        self._seen, self._between = trainer.global_step, True
         self._every = _interval(trainer) if self.every_n_steps is None else self.every_n_steps
         if self._passed:
             _begin_next_pass(trainer.fit_loop, self._passed)
@@ -107,7 +114,8 @@ class Checkpoint(pl.callbacks.Checkpoint):
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Saves, or waits for the validation of this step."""
         step = trainer.global_step
-        if step == self._seen:
+        self._between = step != self._seen
+        if not self._between:
             return
         self._seen = step
         due = self._due(trainer)
@@ -116,28 +124,31 @@ class Checkpoint(pl.callbacks.Checkpoint):
             self._save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Saves the step that waited for it."""
-        if not self._awaited or trainer.state.fn != TrainerFn.FITTING:
+        """Saves the step that waited for it, and any that is better than what is kept."""
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or not self._between:
             return
-        self._awaited, self._validated = False, True
-        self._save(trainer)
-        self._validated = False
+        if self._awaited or trainer.strategy.broadcast(self._is_better(trainer)):
+            self._awaited, self._validated = False, True
+            self._save(trainer)
+            self._validated = False
 
     def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Saves the last step, if nobody has."""
         if trainer.global_step != self._saved:
             self._save(trainer, wait=True)
 
-    def save_now(self, trainer: pl.Trainer) -> None:
+    def save_now(self, trainer: pl.Trainer) -> int | None:
         """Saves the step just done and returns when it is on disk; every rank must call it.
 
         To be called in ``on_train_batch_end`` of a callback that comes last, or within the validation after it. A
         validation that is due at this step and not over is then the first thing that the resumed run does.
+
+        Returns:
+            The newest step on disk: not this one where the save failed; None where none was saved nor gone on from.
         """
-        if trainer.global_step != self._saved:
+        if self._newest(trainer) != trainer.global_step:
             self._save(trainer, wait=True)
-        elif self._store:
-            self._store.wait()
+        return self._newest(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """What is under way gets onto the disk, but where the process is told to end at once."""
@@ -156,17 +167,42 @@ class Checkpoint(pl.callbacks.Checkpoint):
 
     def _save(self, trainer: pl.Trainer, wait: bool = False) -> None:
         step = self._saved = trainer.global_step
-        metric = trainer.callback_metrics.get(self.retention.monitor) if self._validated else None
-        value = None if metric is None else float(metric)
+        value = self._metric(trainer) if self._validated else None
+        self._under_way = {} if value is None else {step: value}
         meta = {
             "identity": self.identity or {},
             "metrics": {} if value is None else {self.retention.monitor: value},
-            "tokens": step * self.tokens_per_step if self.tokens_per_step else None,
+            "tokens": self._tokens(step),
             "threads": torch.get_num_threads(),
             "world_size": trainer.world_size,
         }
         options = {"meta": meta, "metric": value, "wait": wait or step == trainer.max_steps}
         trainer.save_checkpoint(self._root / f"step-{step:06d}", storage_options=options)
+
+    def _metric(self, trainer: pl.Trainer) -> float | None:
+        metric = trainer.callback_metrics.get(self.retention.monitor)
+        return None if metric is None else float(metric)
+
+    def _is_better(self, trainer: pl.Trainer) -> bool:
+        """Whether the step just validated is among the best so far; the first rank knows."""
+        value, keep = self._metric(trainer), self.retention.keep_best
+        wanted = keep and self._every and self._store
+        if not wanted or value is None or not math.isfinite(value):
+            return False
+        known = {checkpoint.step: checkpoint.metric(self.retention.monitor) for checkpoint in find(self._root)}
+        before = {step: score for step, score in (known | self._under_way).items() if step < trainer.global_step}
+        best = sorted(score for score in before.values() if score is not None)[:keep]
+        return len(best) < keep or value <= best[-1]
+
+    def _newest(self, trainer: pl.Trainer) -> int | None:
+        """The newest step on disk, by what the first rank knows; every rank must call it."""
+        if self._store:
+            self._store.wait()
+        saved = self._store.saved if self._store else []
+        return trainer.strategy.broadcast(saved[-1] if saved else self._loaded)
+
+    def _tokens(self, step: int) -> int | None:
+        return step * self.tokens_per_step + self._tokens_apart if self.tokens_per_step else None
 
     def _close(self) -> None:
         if self._store:
@@ -183,6 +219,7 @@ class Checkpoint(pl.callbacks.Checkpoint):
             "accumulate": trainer.accumulate_grad_batches,
             "conditions": _conditions(trainer),
             "pass_over": trainer.fit_loop.epoch_loop.batch_progress.is_last_batch,
+            "tokens": self._tokens(trainer.global_step),
         }
         if trainer.state.fn == TrainerFn.FITTING:
             owed = not self._validated and _validation_due(trainer)
@@ -195,7 +232,9 @@ class Checkpoint(pl.callbacks.Checkpoint):
         saved = checkpoint.get(_KEY)
         if saved is None or trainer.state.fn != TrainerFn.FITTING:
             return
-        self._saved = checkpoint["global_step"]
+        self._saved = self._loaded = checkpoint["global_step"]
+        if (tokens := saved.get("tokens")) and self.tokens_per_step:
+            self._tokens_apart = tokens - self._saved * self.tokens_per_step
         if trainer.global_rank < len(saved["rng"]):
             self._rng = saved["rng"][trainer.global_rank]
         loops = checkpoint["loops"]["fit_loop"]
@@ -229,6 +268,7 @@ def _conditions(trainer: pl.Trainer) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": trainer.strategy.root_device.type,
         "processes": trainer.world_size,
+        "precision": str(trainer.precision),
     }
 
 

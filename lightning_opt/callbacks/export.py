@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_opt.callbacks.gathering import full_state
-from lightning_opt.plan import ConfigError
+from lightning_opt.plan import check_value
 
 log = logging.getLogger("lightning_opt.callbacks")
 
@@ -118,8 +118,7 @@ class Export(pl.Callback):
     """
 
     def __init__(self, directory: str | Path | None = None, tokenizer: Any = None, dtype: str | None = None) -> None:
-        if dtype is not None and dtype not in DTYPES:
-            raise ConfigError("export.dtype", dtype, f"must be null, {', '.join(DTYPES)}")
+        check_value("callbacks.Export.dtype", dtype, field="export.dtype")
         self.directory = None if directory is None else Path(directory)
         self.tokenizer = tokenizer
         self.dtype = dtype

@@ -16,12 +16,11 @@ from torch import Tensor
 from lightning_opt.callbacks.batches import StepLoss
 from lightning_opt.callbacks.stability import total_norm
 from lightning_opt.kernels import Later
-from lightning_opt.plan import ConfigError
+from lightning_opt.plan import ConfigError, check_value
 from lightning_opt.run_folder import Diverged
 
 log = logging.getLogger("lightning_opt.callbacks")
 
-ANSWERS = (None, "skip", "rewind")
 FINITE = torch.finfo(torch.float32).max  # at most this, or infinite, or not a number
 ROUNDING = 1e-6  # of the mean: what a window of equal values may be off by
 
@@ -99,16 +98,11 @@ class LossGuard(pl.Callback):
         max_rewinds: int = 3,
     ) -> None:
         warmup = max(2, window // 2) if warmup is None else warmup
-        if on_spike not in ANSWERS:
-            raise ConfigError("loss_guard.on_spike", on_spike, "must be null, skip or rewind")
-        if not sigma > 0:
-            raise ConfigError("loss_guard.sigma", sigma, "must be a number > 0, standard deviations")
-        if window < 2:
-            raise ConfigError("loss_guard.window", window, "must be an integer >= 2, optimizer steps")
-        if not 2 <= warmup <= window:
-            raise ConfigError("loss_guard.warmup", warmup, f"must be an integer from 2 to the window, {window}")
-        if max_rewinds < 0:
-            raise ConfigError("loss_guard.max_rewinds", max_rewinds, "must be an integer >= 0")
+        given = {"on_spike": on_spike, "sigma": sigma, "window": window, "warmup": warmup, "max_rewinds": max_rewinds}
+        for name, value in given.items():
+            check_value(f"callbacks.LossGuard.{name}", value, field=f"loss_guard.{name}")
+        if warmup > window:
+            raise ConfigError("loss_guard.warmup", warmup, f"must be at most the window, {window}")
         self.on_spike, self.sigma, self.window, self.warmup = on_spike, sigma, window, warmup
         self.max_rewinds = max_rewinds
         self.skipped: list[int] = []

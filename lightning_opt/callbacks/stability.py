@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_opt.callbacks.batches import StepLoss
 from lightning_opt.callbacks.telling import tell
-from lightning_opt.plan import ConfigError
+from lightning_opt.plan import check_value
 
 log = logging.getLogger("lightning_opt.callbacks")
 
@@ -80,8 +80,7 @@ class Stability(pl.Callback):
     """
 
     def __init__(self, window: int = 50) -> None:
-        if window < 2:
-            raise ConfigError("stability.window", window, "must be an integer >= 2, optimizer steps")
+        check_value("callbacks.Stability.window", window, field="stability.window")
         self.window = window
         self.last: dict[str, float] = {}
         self._losses = torch.empty(0)  # grows by doubling; the first _count are filled

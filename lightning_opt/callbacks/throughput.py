@@ -14,7 +14,7 @@ from lightning_opt.callbacks.batches import TokensPerBatch, count_tokens
 from lightning_opt.callbacks.clocks import DeviceClock, HostClock, Laps
 from lightning_opt.callbacks.device_peaks import arithmetic_of, peak_flops
 from lightning_opt.callbacks.telling import tell
-from lightning_opt.plan import ConfigError
+from lightning_opt.plan import check_value
 
 PARTS = ("data", "forward_backward", "optimizer", "other")
 
@@ -74,8 +74,7 @@ class Throughput(pl.Callback):
         device_peak_flops: float | None = None,
         clock: Callable[[], float] | None = None,
     ) -> None:
-        if warmup_steps < 0:
-            raise ConfigError("throughput.warmup_steps", warmup_steps, "must be an integer >= 0")
+        check_value("callbacks.Throughput.warmup_steps", warmup_steps, field="throughput.warmup_steps")
         self.tokens_per_batch, self.flops_per_token, self.warmup_steps = tokens_per_batch, flops_per_token, warmup_steps
         self.device_peak_flops = device_peak_flops
         self.last: dict[str, float] = {}

@@ -8,7 +8,7 @@ __getattr__, __dir__, __all__ = attach(
         "manifest": ["Checkpoint", "Damaged", "find", "newest_good", "read_manifest", "verify"],
         "contents": ["read"],
         "retention": ["Retention", "bytes_needed"],
-        "writing": ["clear_leftovers"],
+        "writing": ["clear_leftovers", "set_aside"],
         "store": ["Store"],
     },
 )

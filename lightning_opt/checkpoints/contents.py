@@ -18,11 +18,12 @@ MODEL, STATE = "model.safetensors", "state.pt"
 _WEIGHTS = "state_dict"
 
 
-def read(path: Path | str) -> dict[str, Any]:
+def read(path: Path | str, *, verified: bool = False) -> dict[str, Any]:
     """Verifies a checkpoint and loads it on the CPU.
 
     Args:
         path: its folder.
+        verified: it was a moment ago: load it alone.
 
     Returns:
         The tree that was saved.
@@ -30,7 +31,7 @@ def read(path: Path | str) -> dict[str, Any]:
     Raises:
         Damaged: a file is missing, is not what was written, or holds more than tensors and plain types.
     """
-    path = verify(path).path
+    path = Path(path) if verified else verify(path).path
     try:
         return load(path)
     except pickle.UnpicklingError as error:

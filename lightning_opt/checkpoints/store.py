@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -14,9 +15,12 @@ from typing import Any
 from lightning_opt.checkpoints.manifest import find, plain_json
 from lightning_opt.checkpoints.retention import Retention
 from lightning_opt.checkpoints.staging import Staging
-from lightning_opt.checkpoints.writing import clear_leftovers, remove, write
+from lightning_opt.checkpoints.writing import clear_leftovers, clear_set_aside, remove, write
 
 log = logging.getLogger("lightning_opt.checkpoints")
+
+
+BACKGROUND_NICE = 10
 
 
 def _nobody(*_: Any, **__: Any) -> None:
@@ -92,10 +96,13 @@ class Store:
         self._writer.start()
         if wait:
             self.wait()
+        else:
+            _set_nice(self._writer, BACKGROUND_NICE)  # training goes first
 
     def wait(self) -> None:
         """Returns when everything is on disk."""
         if self._writer is not None:
+            _set_nice(self._writer, None)
             self._writer.join()
             self._writer = None
 
@@ -110,8 +117,6 @@ class Store:
         self._staging = Staging()
 
     def _write(self, snapshot: dict[str, Any], step: int, meta: dict[str, Any], metric: dict[str, Any]) -> None:
-        if sys.platform == "linux":  # there a thread has a priority of its own: training goes first
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
         try:
             write(self.root, snapshot, step=step, meta=meta, metric=metric)
         except Exception as error:
@@ -130,6 +135,7 @@ class Store:
         for checkpoint in known:
             if checkpoint.step not in kept:
                 remove(checkpoint.path)
+        clear_set_aside(self.root)
 
     def _failed(self, step: int, error: Exception) -> None:
         self.failures += 1
@@ -139,3 +145,10 @@ class Store:
             self._on_event("checkpoint_failed", step=step, reason=reason)
         except Exception as told:  # the same full disk, most likely
             log.error("and could not be recorded: %s", told)
+
+
+def _set_nice(thread: threading.Thread, nice: int | None) -> None:
+    """Sets a thread's priority, which only Linux has; None: that of this one, as far as the user may."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # it is done already, or we are not root
+            os.setpriority(os.PRIO_PROCESS, thread.native_id or 0, os.getpriority(os.PRIO_PROCESS, 0) if nice is None else nice)

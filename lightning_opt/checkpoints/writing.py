@@ -28,6 +28,8 @@ from lightning_opt.run_folder.status import process_start
 
 log = logging.getLogger("lightning_opt.checkpoints")
 
+BAD_KEPT = 2
+_ASIDE = re.compile(r"\.step-(\d+)\.bad")
 _LEFTOVER = re.compile(r"\.(step-\d+)\.(\d+)\.(part|old|gone)")
 
 
@@ -85,6 +87,28 @@ def remove(path: Path) -> None:
         shutil.rmtree(gone)
     except OSError as error:
         log.warning("checkpoint %s could not be deleted: %s", path.name, error)
+
+
+def set_aside(path: Path) -> Path:
+    """Takes a damaged checkpoint out of the way, so that it neither counts as one nor stands where one is to be.
+
+    Returns:
+        Where it is now: ``.step-000300.bad``, or still in its place where that cannot be.
+    """
+    aside = path.with_name(f".{path.name}.bad")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        return path.rename(aside)
+    except OSError as error:
+        log.warning("checkpoint %s could not be set aside: %s", path.name, error)
+        return path
+
+
+def clear_set_aside(root: Path) -> None:
+    """Deletes all damaged checkpoints that were set aside but the newest ones: to be called once there is a new one."""
+    bad = {path: int(match[1]) for path in root.iterdir() if (match := _ASIDE.fullmatch(path.name))}
+    for path in sorted(bad, key=bad.__getitem__)[:-BAD_KEPT]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def clear_leftovers(root: Path | str) -> list[str]:

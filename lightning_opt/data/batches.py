@@ -65,7 +65,8 @@ class BatchLoader:
     all ranks and accumulation sees the same elements whatever w is. ``len`` is the whole range also after
     ``load_state_dict``; the next iteration then begins behind the batches already given, and the one after it at 0.
     The state counts what was handed out, so batches that workers prepared ahead are not lost. With `not_before` all
-    batches still to come lie further on, by as many elements as it takes; that is part of the state too.
+    batches still to come lie further on, by as many elements as it takes; that is part of the state too, and so is what
+    batches of another size have moved them by.
 
     Args:
         dataset: map-style; one with ``__getitems__`` (as torch calls it) may give a batch as one array of token
@@ -144,23 +145,31 @@ class BatchLoader:
         return self._indices.global_batch_of(number)
 
     def state_dict(self) -> dict[str, Any]:
-        """``{"sequences": n, "offset": m}``: elements of this pass handed to all ranks, those left out before them."""
+        """``{"sequences": n, "offset": m}``: the next element is ``start + n + m``, and n are that many whole batches."""
         done = min(self._position * self._indices.global_batch, self._indices.count)
         return {"sequences": done, "offset": self._indices.offset}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Makes the next iteration go on behind that many elements; batch size and ranks may differ from then.
 
+        Args:
+            state_dict: of `state_dict`. Where it also says ``"batches"``, so many of this loader's are over, whatever
+                size those had that led to the saved element. Only for a dataset without end.
+
         Raises:
             ValueError: the number does not lie within this loader's range, or not between two of its batches.
         """
         done, indices = int(state_dict["sequences"]), self._indices
+        offset = int(state_dict.get("offset", 0))
+        if "batches" in state_dict:
+            element, done = done + offset, int(state_dict["batches"]) * indices.global_batch
+            offset = element - done
         if not 0 <= done <= indices.count:
             raise ValueError(f"the saved position is sequence {done}, this loader has {indices.count}")
         if done % indices.global_batch and done != indices.count:
             raise ValueError(f"the saved position, sequence {done}, is no multiple of {indices.global_batch} (a batch)")
         self._position, self._resumed = min(-(-done // indices.global_batch), len(self)), True
-        self._indices.offset = int(state_dict.get("offset", 0))
+        indices.offset = offset
 
 
 def loader(dataset: Dataset, **options: Any) -> BatchLoader:

@@ -33,12 +33,32 @@ class _Discreet(logging.Formatter):
         return mask(super().format(record))
 
 
+class _Lasting(logging.FileHandler):
+    """Outlives a full disk: what found no room stays in the stream's buffer, and follows with a later line."""
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
+
+
+def _unless_full(handler: logging.Handler) -> logging.Handler:
+    """Lets a handler be silent about a place that cannot be written: logging would print a traceback per line."""
+    told = handler.handleError
+
+    def handle_error(record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            told(record)
+
+    handler.handleError = handle_error  # type: ignore[method-assign]
+    return handler
+
+
 @contextmanager
 def run_log(path: Path) -> Iterator[logging.Logger]:
     """Sends the project's log to stdout and to a file for the length of a run.
 
     Warnings of other libraries go to the file only: they are for the one who looks for a cause. Nothing that is
-    written shows a secret (`plan.secrets.guarding`).
+    written shows a secret (`plan.secrets.guarding`). A full disk costs lines, not the run.
 
     Args:
         path: ``run.log``; appended to, so that an adopted folder keeps its history.
@@ -47,10 +67,10 @@ def run_log(path: Path) -> Iterator[logging.Logger]:
         The logger ``lightning_opt``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    terminal = logging.StreamHandler(sys.stdout)
+    terminal = _unless_full(logging.StreamHandler(sys.stdout))
     terminal.setFormatter(_Discreet("%(message)s"))
     terminal.setLevel(logging.INFO)
-    file = logging.FileHandler(path, encoding="utf-8")
+    file = _unless_full(_Lasting(path, encoding="utf-8"))
     file.setFormatter(_Discreet("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S"))
     with _borrowed() as (ours, captured, *noisy):
         for logger in noisy:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 
 from lightning_opt.job.signals import Terminated
@@ -36,7 +37,8 @@ class Outcome:
     def leave(self, folder: RunFolder, rank: int) -> None:
         """Leaves a note for the process that ends the run."""
         reason = f"rank {rank}: {self.reason}" if rank and self.state != "PREEMPTED" else self.reason
-        write_json(folder.path / f".rank-{rank}.json", {**asdict(self), "reason": reason})
+        with suppress(OSError):  # the exit code says the most of it
+            write_json(folder.path / f".rank-{rank}.json", {**asdict(self), "reason": reason})
 
 
 def outcome_of(error: BaseException, step: int) -> Outcome:

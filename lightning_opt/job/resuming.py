@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_opt.checkpoints import Checkpoint, Damaged, find, newest_good, verify
+from lightning_opt.checkpoints import Checkpoint, Damaged, clear_leftovers, find, newest_good, set_aside, verify
 from lightning_opt.checkpoints.manifest import read_manifest
 from lightning_opt.plan import ConfigError, check_same, closest, length_changes, near_path
 from lightning_opt.run_folder import RunFolder, append_event, starts_elsewhere
 
 log = logging.getLogger("lightning_opt.job")
+
+_ORDER = {"seed", "data", "tokenizer", "sequence_length"}  # what the order of the data follows from
 
 
 @dataclass(frozen=True)
@@ -24,13 +26,13 @@ class Start:
     Attributes:
         path: the checkpoint's folder.
         step: optimizer steps done there.
-        fresh_optimizer: its optimizer's state is of another optimizer, and is left out.
+        other_optimizer: its optimizer's state is of another optimizer, and may not fit.
         notes: what is to be said about it, a line each.
     """
 
     path: Path
     step: int
-    fresh_optimizer: bool = False
+    other_optimizer: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -61,6 +63,7 @@ def choose(folder: RunFolder, config: dict[str, Any], now: dict[str, Any]) -> St
         ConfigError: the checkpoint is of another run than this in something that ``resume_allow`` does not name, or
             the user named one that is damaged.
     """
+    clear_leftovers(folder.checkpoints)
     found, elsewhere = newest_good(folder.checkpoints, _tell_of(folder)), False
     if found is None and starts_elsewhere(config["resume"]):
         found, elsewhere = _good(config["resume"], _tell_of(folder)), True
@@ -114,6 +117,8 @@ def _good(where: str, on_bad: Callable[[Path, str], None]) -> Checkpoint:
 def _tell_of(folder: RunFolder) -> Callable[[Path, str], None]:
     def tell(path: Path, reason: str) -> None:
         log.warning("resume     %s is damaged and passed over: %s", path, reason)
+        if path.parent == folder.checkpoints:
+            log.warning("           it is kept as %s", set_aside(path))
         append_event(folder.events, "checkpoint_bad", checkpoint=path.name, reason=reason)
 
     return tell
@@ -130,8 +135,8 @@ def _check(found: Checkpoint, config: dict[str, Any], now: dict[str, Any], own: 
 
 def _notes(saved: dict[str, Any], now: dict[str, Any], changed: list[str]) -> list[str]:
     lines = [f"another {name.replace('_', ' ')} than it was saved with, as allowed" for name in changed]
-    if "optimizer" in changed:
-        lines.append("weights and place in the data are taken over, the optimizer's state is not")
+    if _ORDER & set(changed):
+        lines.append("the data comes in another order from here on: some of what was seen comes again")
     if not saved:
         lines.append("the checkpoint does not say what run it is of: nothing was compared")
     if length := length_changes(saved, now):

@@ -13,7 +13,7 @@ from lightning_opt.run_folder import RunFolder
 _FIELD = "hydra.run.dir"
 
 
-def check_space(folder: RunFolder, model: Any, optimizer: Any, *, keep: int) -> None:
+def check_space(folder: RunFolder, model: Any, optimizer: Any, *, keep: int, averaged: bool = False) -> None:
     """Checks that the checkpoints' folder can be written, and that all it will hold, and the export, will fit.
 
     Args:
@@ -21,6 +21,7 @@ def check_space(folder: RunFolder, model: Any, optimizer: Any, *, keep: int) -> 
         model: what is trained.
         optimizer: one of ours over it.
         keep: checkpoints that are kept at most.
+        averaged: they hold averaged weights too.
 
     Raises:
         ConfigError: it cannot, or there is too little room; names need and room in bytes.
@@ -35,7 +36,7 @@ def check_space(folder: RunFolder, model: Any, optimizer: Any, *, keep: int) -> 
     model_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     state_bytes = sum(row["state_bytes"] for row in optimizer.routing_table())
     there = sum(checkpoint.bytes for checkpoint in find(folder.checkpoints))
-    need = max(0, bytes_needed(model_bytes, state_bytes, keep) - there) + model_bytes
+    need = max(0, bytes_needed((1 + averaged) * model_bytes, state_bytes, keep) - there) + model_bytes
     free = shutil.disk_usage(folder.checkpoints).free
     if need > free:
         raise ConfigError(

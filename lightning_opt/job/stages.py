@@ -210,7 +210,8 @@ def _train(
             group=group,
             asked=lambda: signals.asked,
             resume=start.path if start else None,
-            fresh_optimizer=bool(start and start.fresh_optimizer),
+            verified=True,  # by `resuming.choose`
+            other_optimizer=bool(start and start.other_optimizer),
         )
     if fitted.stopped_by:  # another rank was asked
         raise Terminated(fitted.stopped_by)
@@ -256,9 +257,11 @@ def _start(
     identity: dict[str, Any],
 ) -> resuming.Start | None:
     """Where the run goes on, once its checkpoints are known to fit on the disk."""
+    from lightning_opt.callbacks import averages
+
     for callback in callbacks:
         if retention := getattr(callback, "retention", None):
-            check_space(folder, *built, keep=retention.most(plan.max_steps))
+            check_space(folder, *built, keep=retention.most(plan.max_steps), averaged=averages(callbacks))
     return resuming.choose(folder, order.config, identity)
 
 
@@ -305,11 +308,14 @@ def _requeue(folder: RunFolder, step: int) -> None:
 def _report(folder: RunFolder) -> None:
     """Summary, report and last block, for unfinished runs too; a fault here must not hide the run's own state."""
     try:
-        summary = summarize(folder)
-        write_json(folder.summary, summary)
         from lightning_opt import reports
 
-        reports.write(folder.path)
+        summary = summarize(folder)
+        try:
+            write_json(folder.summary, summary)
+            reports.write(folder.path)
+        except OSError as error:
+            log.error("the report could not be written: %s", error)
         in_sweep = SweepFolder(folder.path.parent).sweep.exists()  # whose own end says what to type next
         commands = [] if in_sweep else reports.next_commands(reports.read(folder.path))
         notices.last_block(folder.path, summary, commands)

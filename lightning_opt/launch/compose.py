@@ -48,8 +48,7 @@ class Composer:
         if self.extra is not None:
             path.prepend("command-line", f"file://{self.extra.resolve()}", SearchPathQuery(provider="schema"))
         GlobalHydra.instance().clear()
-        store = ConfigStore.instance()
-        store.__deepcopy__ = lambda memo: store  # Hydra copies all of it at every composition, and each node once more
+        ConfigStore.instance().__deepcopy__ = _shared
         register_tuned(tuple(self.options_in("scale")), tuple(self.options_in("schedule")))
         self._hydra = Hydra.create_main_hydra2("train", path)
         schemas = ConfigStore.instance().repo["hydra"]["launcher"]
@@ -148,6 +147,11 @@ def _one_line(overrides: Sequence[str]) -> Iterator[None]:
     except (HydraException, OmegaConfBaseException) as error:
         text = " ".join(f"{error} {error.__cause__ or ''}".split())
         raise ConfigError("configuration", " ".join(overrides) or "defaults", text) from None
+
+
+def _shared(memo: dict[int, Any]) -> ConfigStore:
+    """Hydra copies the whole store at every composition, and each node that it takes from it once more."""
+    return ConfigStore.instance()
 
 
 @cache

@@ -17,6 +17,16 @@ _MATHS = {"amsgrad": False, "maximize": False, "decoupled_weight_decay": True}
 _TORCHS = {*_MATHS, "foreach", "capturable", "differentiable", "fused"}
 
 
+def with_values_of(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A saved state under the hyperparameters of `groups`; None if its rules, roles or numbers of tensors are others."""
+    saved = state_dict["param_groups"]
+    layouts = [[(g.get("rule"), g.get("role"), len(g["params"])) for g in side] for side in (saved, groups)]
+    if layouts[0] != layouts[1]:
+        return None
+    merged = [{**old, **new, "params": old["params"]} for old, new in zip(saved, groups, strict=True)]
+    return {**state_dict, "param_groups": merged}
+
+
 def fitted(state_dict: Mapping[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
     """A saved state, ours or of torch's AdamW, as the optimizer that holds `groups` loads it.
 

@@ -19,11 +19,12 @@ from lightning_opt.plan.lengths import (
 )
 from lightning_opt.plan.processes import place
 from lightning_opt.plan.resuming import check_allowed
-from lightning_opt.plan.values import LARGEST_TRAINED_VOCABULARY, ConfigError, check_value, rule_for
+from lightning_opt.plan.values import LARGEST_TRAINED_VOCABULARY, RULES, ConfigError, check_value, rule_for
 from lightning_opt.plan.words import near_path, one_of
 
 ROLES = ("default", "matrix", "expert", "embedding", "head", "norm", "bias", "router", "other")
 _NO_RULE_BELOW = ("callbacks.", "logger.")  # other people's keywords
+_OURS = "lightning_opt.callbacks."
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def check(config: dict[str, Any], *, sequences: int | None = None) -> RunPlan:
     _check_roles(config["optimizer"])
     _check_data(config["data"], config["model"])
     _check_devices(config["trainer"])
+    _check_callbacks(config.get("callbacks") or {})
     return _plan(config, sequences)
 
 
@@ -81,10 +83,15 @@ def normalised(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     Raises:
         ConfigError: a value breaks its rule.
     """
-    return {key: _normalised(value, f"{prefix}{key}") for key, value in config.items()}
+    target = str(config.get("_target_")) if prefix.startswith("callbacks.") else ""
+    ours = f"callbacks.{target.removeprefix(_OURS)}." if target.startswith(_OURS) else ""
+    return {key: _normalised(value, f"{prefix}{key}", ours and f"{ours}{key}") for key, value in config.items()}
 
 
-def _normalised(value: Any, path: str) -> Any:
+def _normalised(value: Any, path: str, ours: str) -> Any:
+    """By the rule of a field, or of a keyword of a callback of ours."""
+    if ours in RULES:
+        return check_value(ours, value, field=path)
     if isinstance(value, dict):
         return normalised(value, f"{path}.")
     if path.startswith(_NO_RULE_BELOW) or rule_for(path) is None:
@@ -211,6 +218,18 @@ def _check_devices(trainer: dict[str, Any]) -> None:
             "needs torchrun or srun on every node, one process per device, for example "
             f"torchrun --nnodes {trainer['num_nodes']} --nproc-per-node {trainer['devices']} ... train.py ...",
         )
+
+
+def _check_callbacks(callbacks: dict[str, Any]) -> None:
+    for label, spec in callbacks.items():
+        field = f"callbacks.{label}"
+        if spec and not (isinstance(spec, dict) and spec.get("_target_")):
+            why = f"has no _target_: name it by {field}._target_=, or start from callbacks=default"
+            raise ConfigError(field, spec, why)
+        if spec and str(spec["_target_"]) == f"{_OURS}LossGuard":
+            warmup, window = spec.get("warmup"), spec.get("window")
+            if warmup and window and warmup > window:
+                raise ConfigError(f"{field}.warmup", warmup, f"must be at most the window, {window}")
 
 
 def _plan(config: dict[str, Any], sequences: int | None) -> RunPlan:

@@ -257,6 +257,21 @@ RULES: dict[str, Rule] = {
     "suite": _choice("mini", "full", "none"),
     "evaluation.limit": _count(hint="documents per task", none="all"),
     "evaluation.batch_size": _count(),
+    # callbacks of ours, whatever their entry is called
+    "callbacks.Checkpoint.every_n_steps": _count(0, "0 = the last step only", none="about 20 times over the run"),
+    "callbacks.Checkpoint.keep_last": _count(),
+    "callbacks.Checkpoint.keep_best": _count(0),
+    "callbacks.Checkpoint.keep_every_n_steps": _count(none="none for good"),
+    "callbacks.Checkpoint.monitor": Rule("str"),
+    "callbacks.LossGuard.on_spike": _choice("skip", "rewind", none="neither"),
+    "callbacks.LossGuard.sigma": _positive("standard deviations"),
+    "callbacks.LossGuard.window": _count(2, "optimizer steps"),
+    "callbacks.LossGuard.warmup": _count(2, "optimizer steps", none="half a window"),
+    "callbacks.LossGuard.max_rewinds": _count(0),
+    "callbacks.Stability.window": _count(2, "optimizer steps"),
+    "callbacks.Throughput.warmup_steps": _count(0),
+    "callbacks.Export.dtype": _choice("float32", "bfloat16", "float16", none="as trained"),
+    "callbacks.EMA.decay": _number(**_FRACTION, hint="typical 0.99 to 0.9999"),
 }
 
 

@@ -10,6 +10,8 @@ __getattr__, __dir__, __all__ = attach(
         "records": [
             "METRIC_COLUMNS",
             "append_event",
+            "append_text",
+            "late_events",
             "read_events",
             "read_json",
             "read_metrics",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from datetime import datetime
 from enum import IntEnum
 
 from lightning_opt.run_folder.folder import RunFolder
-from lightning_opt.run_folder.records import append_event
+from lightning_opt.run_folder.records import append_event, append_text
 from lightning_opt.run_folder.status import State, Status, read_status
 
 
@@ -39,9 +40,8 @@ def record_end(folder: RunFolder, config_hash: str, state: State, reason: str, t
     status = Status(folder.status, config_hash)
     status.step = int(read_status(folder.status).get("step", 0))
     now = datetime.now().strftime("%Y-%m-%dT%H:%M:%S")
-    with folder.log.open("a", encoding="utf-8") as log:
-        log.write(
-            "".join(f"{now} ERROR {text}\n" for text in (traceback.rstrip(), f"{state.lower()}: {reason}") if text)
-        )
+    lines = [f"{now} ERROR {text}\n" for text in (traceback.rstrip(), f"{state.lower()}: {reason}") if text]
+    with suppress(OSError):  # the disk may be what it died of
+        append_text(folder.log, "".join(lines))
     append_event(folder.events, state.lower(), step=status.step, reason=reason)
     status.set(state, reason)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import math
 import os
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger("lightning_opt.run_folder")
 
 METRIC_COLUMNS = (
     "step",
@@ -36,18 +41,69 @@ METRIC_COLUMNS = (
 )
 """Columns every run has; `val/loss/<corpus>`, `lr/<role>` and `grad_norm/<role>` follow for what the run holds."""
 
+_late: dict[Path, str] = {}  # events that found the disk full
+_late_lock = threading.Lock()  # a checkpoint's writer has events too
+
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file so that a reader, or a kill, sees the old content or the new, never a part."""
+    """Writes a text file so that a reader, or a kill, sees the old content or the new, never a part.
+
+    Raises:
+        OSError: it cannot be written; the old content is still there, and nothing beside it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    try:
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+    except OSError:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise
+
+
+def overwrite_text(path: Path, text: str) -> None:
+    """Writes a text into the blocks that a file has already: for a disk without room for another file beside it.
+
+    The rest of a longer old content becomes spaces, so that one write is all.
+
+    Raises:
+        OSError: there is no such file, or it has too little room.
+    """
+    content = text.encode()
+    with path.open("r+b", buffering=0) as file:
+        there = os.fstat(file.fileno())
+        if len(content) > there.st_blocks * 512:  # a unit of its own, whatever the file system's
+            raise OSError(f"{path.name} has no room for {len(content)} bytes")
+        file.write(content.ljust(there.st_size))
+
+
+def append_text(path: Path, text: str) -> None:
+    """Appends to a text file, all or nothing.
+
+    Raises:
+        OSError: it cannot be written; the file is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = memoryview(text.encode())
+    with path.open("ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            while content:
+                content = content[file.write(content) :]
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes strict JSON atomically; NaN and infinities become null, since what was not measured is null."""
-    write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """The text that `write_json` writes."""
+    return json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n"
 
 
 def _finite(value: Any) -> Any:
@@ -71,11 +127,27 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def append_event(path: Path, kind: str, **fields: Any) -> None:
-    """Appends one line to ``events.jsonl``: skips, alarms, phase switches and whatever else happened once."""
+    """Appends one line to ``events.jsonl``: skips, alarms, phase switches and whatever else happened once.
+
+    A disk that is full raises nothing: the line is kept in memory, and follows with the next or by `late_events`.
+    """
     line = json.dumps(_finite({"time": round(time.time(), 3), "kind": kind, **fields}), allow_nan=False, default=str)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
+    with _late_lock:
+        _late[path] = _late.get(path, "") + line + "\n"
+    late_events()
+
+
+def late_events() -> None:
+    """Writes the events that could not be written yet, where that is possible now."""
+    with _late_lock:
+        for path, lines in list(_late.items()):
+            try:
+                append_text(path, lines)
+            except OSError as error:
+                if lines.count("\n") == 1:  # told once
+                    log.warning("%s cannot be written (%s): events wait in memory", path.name, error.strerror)
+            else:
+                del _late[path]
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning_opt.run_folder.records import read_json, write_json
+from lightning_opt.run_folder.records import json_text, late_events, overwrite_text, read_json, write_text
 
 State = Literal["RUNNING", "FINISHED", "DIVERGED", "PREEMPTED", "FAILED"]
 STATES: tuple[State, ...] = ("RUNNING", "FINISHED", "DIVERGED", "PREEMPTED", "FAILED")
@@ -95,20 +95,31 @@ class Status:
         self.write()
 
     def write(self) -> None:
-        """Writes the file now."""
+        """Writes the file now, and events that are late; on a full disk into the old file's place.
+
+        Raises:
+            OSError: there is none yet, and none can be made.
+        """
         with self._lock:
-            write_json(
-                self.path,
+            text = json_text(
                 {
                     "state": self.state,
                     "step": self.step,
                     "reason": self.reason,
                     "config_hash": self.config_hash,
                     "owner": {**self._owner, "heartbeat": round(time.time(), 2)},
-                },
+                }
             )
+            try:
+                write_text(self.path, text)
+            except OSError:
+                if not self.path.exists():
+                    raise
+                with contextlib.suppress(OSError):  # the next beat may succeed
+                    overwrite_text(self.path, text)
+        late_events()
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_S):
-            with contextlib.suppress(OSError):  # a full disk must not kill the heartbeat: the next beat may succeed
+            with contextlib.suppress(OSError):
                 self.write()

@@ -48,7 +48,7 @@ def summarize(folder: RunFolder | Path) -> dict[str, Any]:
         "params_total": plan.get("params_total"),
         "params_active": plan.get("params_active"),
         "params_non_embedding": plan.get("params_non_embedding"),
-        "tokens": done * per_step if done is not None and per_step else None,
+        "tokens": _tokens(columns, done, per_step) if done is not None and per_step else None,
         "steps": done,
         "seconds": _last(column("time_s")),
         "train_loss": fmean(losses[-max(1, len(losses) // 20) :]) if losses else None,
@@ -102,6 +102,12 @@ def _troubles(folder: RunFolder) -> dict[str, Any]:
         "skipped_steps": len(skipped),
         "rewinds": kinds.count("rewound"),
     }
+
+
+def _tokens(columns: dict[str, Column], done: int, per_step: int) -> int:
+    """Tokens of all steps: from the last row on steps are of the size of now, those before it may have had another."""
+    row = {name: _last([value for value in columns.get(name, []) if value is not None]) for name in ("step", "tokens")}
+    return (row["tokens"] or 0) + (done - (row["step"] or 0)) * per_step
 
 
 def _last(values: list[float]) -> float | int | None:

@@ -50,7 +50,7 @@ class PretrainModule(pl.LightningModule):
         self.model = model
         self.z_loss = z_loss
         self.corpora = dict(corpora)
-        self._optimizer = optimizer
+        self.optimizer = optimizer
         self._schedule = schedule
         self._micro_losses: list[Tensor] = []
         self._sharded: Sharded | None = None
@@ -66,7 +66,7 @@ class PretrainModule(pl.LightningModule):
 
             self.trainer.precision_plugin.convert_module(self.model)
             mesh = self.device_mesh["data_parallel"]
-            self._sharded = Sharded(self.model, self._optimizer, mesh, str(self.trainer.precision))
+            self._sharded = Sharded(self.model, self.optimizer, mesh, str(self.trainer.precision))
 
     def whole_model(self, *, keep: bool = True) -> nn.Module:
         """The trained model with whole weights; where it is split, every rank must ask.
@@ -78,8 +78,8 @@ class PretrainModule(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """One optimizer, one schedule per step."""
-        scheduler = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._schedule)
-        return {"optimizer": self._optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._schedule)
+        return {"optimizer": self.optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
         """Mean loss of one micro-batch of ``input_ids`` and ``labels``, int64 (B, T)."""
@@ -89,13 +89,13 @@ class PretrainModule(pl.LightningModule):
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         """Lets the optimizer clip by its groups' limits; nothing waits for the device (`LossGuard` reads the norm)."""
-        self._optimizer.clip_()
+        self.optimizer.clip_()
         micro_losses, self._micro_losses = self._micro_losses, []
         if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps:
             return  # Lightning's bookkeeping of values nobody will see costs more than our optimizer's step
         loss = self._over_ranks(torch.stack(micro_losses).mean())
         # Tensors on the CPU: Lightning would copy each plain number to the device, and wait for the copy.
-        rates = {f"lr/{group['role']}": torch.tensor(group["lr"]) for group in self._optimizer.param_groups}
+        rates = {f"lr/{group['role']}": torch.tensor(group["lr"]) for group in self.optimizer.param_groups}
         self.log_dict({"train/loss": loss, **rates}, on_step=True, on_epoch=False)
 
     def _over_ranks(self, loss: Tensor) -> Tensor:

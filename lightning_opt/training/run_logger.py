@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,14 +12,16 @@ from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger
 
-from lightning_opt.run_folder import METRIC_COLUMNS, read_metrics, write_text
+from lightning_opt.run_folder import METRIC_COLUMNS, append_text, late_events, read_metrics, write_text
+
+log = logging.getLogger("lightning_opt.training")
 
 
 class RunLogger(Logger):
     """Writes one row per logged optimizer step; what arrives later for the same step joins its row.
 
     Lightning's own CSV logger writes a second row for a step with validation, and deletes the file of a folder that
-    is used again.
+    is used again. While the disk is full, rows wait in memory.
 
     Args:
         path: the table.
@@ -43,10 +46,12 @@ class RunLogger(Logger):
         super().__init__()
         self.path = path
         self._tokens_per_step = tokens_per_step
+        self._tokens_apart = 0  # what earlier steps of another size make up
         self._current_step = current_step
         self._clock = clock
         self._columns = list(dict.fromkeys([*METRIC_COLUMNS, *columns]))
         self._row: dict[str, Any] = {}
+        self._late: list[dict[str, Any]] = []  # rows that found the disk full
         kept = self._rows_until(start_step)
         self._began = clock() - (kept[-1].get("time_s") or 0.0 if kept else 0.0)
         self._rewrite(kept)
@@ -75,35 +80,50 @@ class RunLogger(Logger):
         if self._row and self._row["step"] != now:
             self._flush()
         if not self._row:
-            self._row = {"step": now, "tokens": now * self._tokens_per_step}
+            self._row = {"step": now, "tokens": self._tokens(now)}
         self._row["time_s"] = round(self._clock() - self._began, 4)
         self._row |= {name: float(value) for name, value in metrics.items() if name != "epoch"}
 
     def state_dict(self) -> dict[str, Any]:
-        """The row that is not on disk yet, and how many seconds the run has taken."""
-        return {"row": dict(self._row), "seconds": self._clock() - self._began}
+        """The rows that are not on disk yet, and how many seconds and tokens the run has taken."""
+        tokens = self._tokens(self._current_step())
+        seconds = self._clock() - self._began
+        return {"row": dict(self._row), "late": list(self._late), "seconds": seconds, "tokens": tokens}
 
     def load_state_dict(self, state_dict: dict[str, Any], step: int) -> None:
         """Goes on from `state_dict` as it was after that step: later rows are dropped."""
         self._row = dict(state_dict["row"])
+        self._tokens_apart = state_dict["tokens"] - step * self._tokens_per_step
         self._began = self._clock() - state_dict["seconds"]
-        self._rewrite(self._rows_until(self._row["step"] - 1 if self._row else step))
+        missing = [*state_dict["late"], *([self._row] if self._row else [])]
+        self._rewrite([*self._rows_until(missing[0]["step"] - 1 if missing else step), *state_dict["late"]])
 
     def close(self) -> None:
         """Writes the last row. Not `finalize`: Lightning calls that before the validation that ends a run."""
         self._flush()
 
     def _flush(self) -> None:
-        row, self._row = self._row, {}
-        if not row:
-            return
-        unknown = [name for name in row if name not in self._columns]
+        rows = [*self._late, self._row] if self._row else self._late
+        self._row = {}
+        try:
+            self._append(rows)
+            self._late = []
+        except OSError as error:
+            if not self._late:  # told once
+                log.warning("%s cannot be written (%s): its rows wait in memory", self.path.name, error.strerror)
+            self._late = rows
+        late_events()
+
+    def _append(self, rows: list[dict[str, Any]]) -> None:
+        unknown = dict.fromkeys(name for row in rows for name in row if name not in self._columns)
         if unknown:
-            kept = self._rows_until(None)
+            self._rewrite([*self._rows_until(None), *rows], [*self._columns, *unknown])
             self._columns += unknown
-            self._rewrite(kept)
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self._columns, lineterminator="\n").writerow(row)
+        elif rows:
+            append_text(self.path, _lines(rows, self._columns))
+
+    def _tokens(self, step: int) -> int:
+        return step * self._tokens_per_step + self._tokens_apart
 
     def _rows_until(self, step: int | None) -> list[dict[str, Any]]:
         columns = read_metrics(self.path)
@@ -115,9 +135,12 @@ class RunLogger(Logger):
             row |= {name: int(row[name]) for name in ("step", "tokens") if name in row}
         return [row for row in rows if step is None or row["step"] <= step]
 
-    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self._columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_text(self.path, text.getvalue())
+    def _rewrite(self, rows: list[dict[str, Any]], columns: list[str] | None = None) -> None:
+        columns = columns or self._columns
+        write_text(self.path, _lines([dict(zip(columns, columns, strict=True)), *rows], columns))
+
+
+def _lines(rows: list[dict[str, Any]], columns: list[str]) -> str:
+    text = io.StringIO(newline="")
+    csv.DictWriter(text, columns, lineterminator="\n").writerows(rows)
+    return text.getvalue()

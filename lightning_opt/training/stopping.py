@@ -74,7 +74,11 @@ class Stopping(pl.Callback):
         self.check((lambda: self._save(trainer)) if in_fit else (lambda: None))
 
     def _save(self, trainer: pl.Trainer) -> None:
-        for callback in trainer.callbacks:
-            if callable(save_now := getattr(callback, "save_now", None)):
-                save_now(trainer)
-                log.info("saved at step %d", trainer.global_step)
+        saves = [save for callback in trainer.callbacks if callable(save := getattr(callback, "save_now", None))]
+        newest = max((step for save in saves if (step := save(trainer)) is not None), default=None)
+        if newest == trainer.global_step:
+            log.info("saved at step %d", newest)
+        elif newest is not None:
+            log.warning("not saved: the last checkpoint is that of step %d", newest)
+        else:
+            log.warning("not saved: there is no checkpoint, and the same command starts over")

@@ -13,11 +13,13 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from lightning_opt.callbacks import CheckpointIO
 from lightning_opt.models import compiled
+from lightning_opt.optim import with_values_of
 from lightning_opt.plan import RunPlan
 from lightning_opt.run_folder import RunFolder
 from lightning_opt.training.datamodule import TokenDataModule
@@ -50,8 +52,8 @@ class _Step(pl.Callback):
     In checkpoints: the step validated last, and the row of ``metrics.csv`` that is not on disk yet.
     """
 
-    def __init__(self, status: Any, interval: int, logger: RunLogger | None, fresh_optimizer: bool):
-        self._status, self._interval, self._logger, self._fresh = status, interval, logger, fresh_optimizer
+    def __init__(self, status: Any, interval: int, logger: RunLogger | None, other_optimizer: bool):
+        self._status, self._interval, self._logger, self._other = status, interval, logger, other_optimizer
         self.validated = 0
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -63,15 +65,30 @@ class _Step(pl.Callback):
         checkpoint["run"] = {"validated": self.validated, "metrics": row}
 
     def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """The run is one epoch, however long it is now; rates follow the schedule of now."""
+        """The run is one epoch, however long it is now and its batches are; rates follow the schedule of now."""
         self.validated = checkpoint["run"]["validated"]
         if self._logger and checkpoint["run"]["metrics"]:
             self._logger.load_state_dict(checkpoint["run"]["metrics"], checkpoint["global_step"])
-        checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
+        loops = checkpoint["loops"]["fit_loop"]
+        loops["epoch_loop.batch_progress"]["is_last_batch"] = False
+        for place in loops["state_dict"].get("combined_loader", []):
+            place["batches"] = checkpoint["global_step"] * trainer.accumulate_grad_batches
         for schedule in checkpoint["lr_schedulers"]:
             del schedule["base_lrs"]
-        if self._fresh:
+        said = [self._take_optimizer(module, checkpoint), _trained_weights(trainer, checkpoint)]
+        for line in filter(None, said if trainer.is_global_zero else []):
+            log.info("%-10s %s", "", line)
+
+    def _take_optimizer(self, module: PretrainModule, checkpoint: dict[str, Any]) -> str | None:
+        """Hyperparameters are those of now; what is to be said of the state."""
+        kept = [with_values_of(module.optimizer.param_groups, state) for state in checkpoint["optimizer_states"]]
+        if None not in kept:
+            checkpoint["optimizer_states"] = kept
+            return "the optimizer's state is kept, its values are those of now" if self._other else None
+        if self._other:
             checkpoint["optimizer_states"] = []
+            return "weights and place in the data are taken over, the optimizer's state is not: it fits no other"
+        return None  # and loading refuses it
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         for schedule in (config.scheduler for config in trainer.lr_scheduler_configs):
@@ -89,6 +106,14 @@ class _Step(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         self._status.step = trainer.global_step
+
+
+def _trained_weights(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> str | None:
+    """Takes the trained weights of a run that kept averaged ones, if nobody averages now; what is to be said of it."""
+    if "current_model_state" not in checkpoint or any(isinstance(c, WeightAveraging) for c in trainer.callbacks):
+        return None
+    trainer.strategy.load_model_state_dict({"state_dict": checkpoint["current_model_state"]})
+    return "saved with averaged weights: goes on from the trained ones, without an average"
 
 
 def prepare(seed: int, num_threads: int | None, processes: int = 1) -> None:
@@ -119,7 +144,8 @@ def fit(
     group: Group | None = None,
     asked: Callable[[], str | None] = lambda: None,
     resume: Path | None = None,
-    fresh_optimizer: bool = False,
+    verified: bool = False,
+    other_optimizer: bool = False,
 ) -> FitResult:
     """Trains to the plan's last step and validates there.
 
@@ -138,7 +164,8 @@ def fit(
             writes.
         asked: name of a signal that wants the fit to end after the step, or None.
         resume: a checkpoint's folder, from which the fit goes on as if it had never stopped; None: from the start.
-        fresh_optimizer: the checkpoint is of another optimizer, whose state is left out.
+        verified: its files were compared with its manifest a moment ago.
+        other_optimizer: the checkpoint may be of another optimizer, whose state is left out where it does not fit.
 
     Returns:
         Steps done and what stopped the run early, if anything.
@@ -164,9 +191,9 @@ def fit(
         logger.current_step = lambda: trainer.global_step
     with _quiet(), compiled(module.model, config.get("compile", "off")):
         stopping = Stopping(asked, group)
-        step = _Step(status, config["log_every_n_steps"], run_logger, fresh_optimizer)
+        step = _Step(status, config["log_every_n_steps"], run_logger, other_optimizer)
         watchers = [step, *callbacks, stopping]
-        trainer = _trainer(plan, config, precision, folder, writers, watchers)
+        trainer = _trainer(plan, config, precision, folder, writers, watchers, resume if verified else None)
         stopping.keep_lightning_out(trainer)
         try:
             trainer.fit(module, data, ckpt_path=resume)
@@ -189,6 +216,7 @@ def _trainer(
     folder: RunFolder,
     loggers: list[Logger],
     callbacks: list[pl.Callback],
+    verified: Path | None,
 ) -> pl.Trainer:
     """Lightning's Trainer: one epoch of exactly the run's batches, validation by steps, nothing written by itself."""
     trainer = pl.Trainer(
@@ -213,7 +241,7 @@ def _trainer(
         enable_progress_bar=any(isinstance(callback, pl.callbacks.ProgressBar) for callback in callbacks),
         enable_model_summary=False,
         use_distributed_sampler=False,
-        plugins=_plugins(plan, precision),
+        plugins=_plugins(plan, precision, verified),
         precision=None if precision == "bf16-true" else precision,
     )
     torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time and changes no result of ours
@@ -250,9 +278,9 @@ def _strategy(plan: RunPlan, name: str) -> str | Strategy:
     return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)  # our buffers never change
 
 
-def _plugins(plan: RunPlan, precision: str) -> list[Any]:
+def _plugins(plan: RunPlan, precision: str, verified: Path | None) -> list[Any]:
     environment = [TorchElasticEnvironment()] if plan.devices > 1 else []  # however the processes were started
-    return [CheckpointIO(), *environment] + ([BFloat16Parameters()] if precision == "bf16-true" else [])
+    return [CheckpointIO(verified=verified), *environment] + ([BFloat16Parameters()] if precision == "bf16-true" else [])
 
 
 def _profiler(name: str | None, folder: Path) -> Any:

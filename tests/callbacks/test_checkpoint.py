@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import pytest
@@ -82,14 +82,16 @@ def train(
     plateau: bool = False,
     validates: bool = True,
     callback: Checkpoint | None = None,
+    module: Theirs | None = None,
+    also: Any = (),
     **options: Any,
 ) -> Theirs:
     pl.seed_everything(5 if resume is None else 6, verbose=False)
-    module = Theirs(plateau)
+    module = module or Theirs(plateau)
     trainer = pl.Trainer(
         default_root_dir=folder,
         accelerator="cpu",
-        callbacks=[callback or Checkpoint(every, keep_last=99)],
+        callbacks=[callback or Checkpoint(every, keep_last=99), *also],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -177,7 +179,51 @@ def test_when_it_saves(tmp_path: Path) -> None:
     train(tmp_path / "b", every=0, max_epochs=1)
     assert saved(tmp_path / "b") == [BATCHES]
     train(tmp_path / "c", every=4, max_epochs=2, accumulate_grad_batches=3)
-    assert saved(tmp_path / "c") == [4, 6]
+    assert saved(tmp_path / "c") == [3, 4, 6]  # the first validation, at the end of an epoch, is the best so far
+
+
+class Scored(Theirs):
+    """Its validations come out as they are told to, whatever it learned."""
+
+    SCORES: ClassVar = {2: 3.0, 4: 1.0, 6: 2.0, 8: float("nan"), 10: 0.5, 12: 0.7, 14: 0.5}
+
+    def validation_step(self, batch: Tensor, index: int) -> None:
+        super().validation_step(batch, index)
+        self.log("score", self.SCORES[self.trainer.global_step])
+
+
+@pytest.mark.parametrize(("keep", "kept"), [(0, [12, 15]), (1, [14, 15]), (2, [10, 14, 15])])
+def test_a_validation_that_beats_what_is_kept_is_saved(tmp_path: Path, keep: int, kept: list[int]) -> None:
+    """The interval of 6 steps meets no validation but those of 6 and 12."""
+    module = Scored()
+    options = {"max_epochs": -1, "max_steps": 15, "val_check_interval": 2, "check_val_every_n_epoch": None}
+    callback = Checkpoint(6, keep_last=2, keep_best=keep, monitor="score")
+    train(tmp_path, callback=callback, module=module, **options)
+    found = {checkpoint.step: checkpoint.metric("score") for checkpoint in find(tmp_path / "checkpoints")}
+    assert sorted(found) == kept
+    assert found == {step: pytest.approx(Scored.SCORES[step]) if step < 15 else None for step in kept}
+
+
+class StopWithin(pl.Callback):
+    """Saves within a validation and leaves, as a run that is asked to stop."""
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == BATCHES:
+            next(one for one in trainer.callbacks if isinstance(one, Checkpoint)).save_now(trainer)
+            raise KeyboardInterrupt
+
+
+def test_a_validation_that_was_left_is_made_up_for_and_its_step_saved_with_the_metric(tmp_path: Path) -> None:
+    """At the end of an epoch; from either of the two checkpoints of that step to the same end."""
+    whole = train(tmp_path / "a")
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        train(tmp_path / "b", also=[StopWithin()], callback=Checkpoint(9, keep_last=99))
+    assert find(tmp_path / "b" / "checkpoints")[0].metric("val/loss") is None
+    for _ in range(2):
+        again = train(tmp_path / "b", resume=step_folder(tmp_path / "b", BATCHES), callback=Checkpoint(9, keep_last=99))
+        assert again.trained == whole.trained[BATCHES:]
+        assert find(tmp_path / "b" / "checkpoints")[-1].metric("val/loss") is not None
+        assert_equal(*(read(step_folder(tmp_path / name, 3 * BATCHES))["state_dict"] for name in "ab"))
 
 
 def test_the_best_is_the_lowest_of_what_was_validated(tmp_path: Path) -> None:

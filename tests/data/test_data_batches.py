@@ -103,6 +103,22 @@ def test_another_split_goes_on_at_the_same_sequence(mixture: Mixture) -> None:
     assert parts == whole[24:]
 
 
+def test_batches_of_another_size_go_on_at_the_same_element(mixture: Mixture) -> None:
+    """Five batches of 8, then of 4, then of 16 up to the eighth: each begins where the one before it ended."""
+    state, given = {"sequences": 0}, []
+    for size, before, until in ((8, 0, 5), (4, 5, 7), (16, 7, 8)):
+        one = loader(mixture, batch_size=size, count=8 * size)
+        one.load_state_dict(state | {"batches": before})
+        assert one.elements(before).start == len(given)
+        for batch, _ in zip(one, range(before, until), strict=False):
+            given += batch["input_ids"].tolist()
+            state = one.state_dict()
+    assert given == [mixture[i]["input_ids"].tolist() for i in range(5 * 8 + 2 * 4 + 16)]
+    assert state == {"sequences": 8 * 16, "offset": 64 - 8 * 16}
+    with pytest.raises(ValueError, match="this loader has 64"):
+        loader(mixture, batch_size=8, count=64).load_state_dict(state | {"batches": 9})
+
+
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_a_step_sees_the_same_elements_on_any_world_size(mixture: Mixture, world: int) -> None:
     """Global batch of 8 sequences per step, as 1 x 8, 2 x 4 or 4 x 2, with and without accumulation."""

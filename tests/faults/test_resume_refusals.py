@@ -16,6 +16,7 @@ import torch
 
 import lightning_opt.reports
 from lightning_opt import checkpoints
+from lightning_opt.checkpoints import manifest
 from lightning_opt.job.space import check_space
 from lightning_opt.launch import main
 from lightning_opt.plan import ConfigError
@@ -138,6 +139,27 @@ def test_another_optimizer_that_is_allowed_starts_without_state(run: Callable[..
     assert run(*command) == 1
     assert resumed(only_run()) == [(4, "first/checkpoints/step-000004"), (6, "checkpoints/step-000006")]
     assert read_json(only_run().summary)["resumed_from"] == [4, 6]
+
+
+@pytest.mark.fault(19, "another batch, allowed: no sequence twice, none lost, tokens counted as they were")
+@pytest.mark.fault(20, "another rate, allowed: the optimizer's state is kept")
+def test_another_rate_and_batch_that_are_allowed(run: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the files of the checkpoint are hashed once."""
+    digest, hashed = manifest.digest, []
+    monkeypatch.setattr(manifest, "digest", lambda path: hashed.append(path.name) or digest(path))
+    change = ("optimizer.lr=3e-4", "trainer.global_batch_size=2")
+    assert run(LONGER, "resume=first", *change, "resume_allow=[optimizer,global_batch_size]") == 0
+    assert sorted(hashed) == ["model.safetensors", "state.pt"]
+    folder = only_run()
+    assert "the optimizer's state is kept, its values are those of now" in folder.log.read_text()
+    columns = read_metrics(folder.metrics)
+    assert columns["step"] == [4, 5, 6]
+    assert columns["tokens"] == [32 * (4 * 8), 32 * (4 * 8 + 2), 32 * (4 * 8 + 2 * 2)]
+    assert read_json(folder.summary)["tokens"] == columns["tokens"][-1]
+    last = checkpoints.read(checkpoints.find(folder.checkpoints)[0].path)
+    assert {entry["step"] for entry in last["optimizer_states"][0]["state"].values()} == {6}
+    (place,) = last["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+    assert place["sequences"] + place["offset"] == 4 * 8 + 2 * 2
 
 
 @pytest.mark.fault(7, "a named checkpoint is damaged: an error, no fallback; of a named run the one before is used")

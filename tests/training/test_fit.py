@@ -79,6 +79,7 @@ def run(
     train: Any = None,
     resume: Path | None = None,
     asked: Any = lambda: None,
+    other_optimizer: bool = False,
     **trainer: Any,
 ) -> training.PretrainModule:
     training.prepare(seed, None)
@@ -128,6 +129,7 @@ def run(
         group=group,
         resume=resume,
         asked=asked,
+        other_optimizer=other_optimizer,
     )
     assert status.step == result.steps
     assert result.steps == plan.max_steps or result.stopped_by
