@@ -103,6 +103,8 @@ class _Step(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         edge = trainer.global_step in (0, trainer.max_steps - 1)
         trainer.log_every_n_steps = 1 if edge else self._interval
+        if trainer.global_step == trainer.max_steps - 1:  # validated before it is saved, whatever the interval
+            trainer.val_check_batch = trainer.max_steps * trainer.accumulate_grad_batches
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         self._status.step = trainer.global_step

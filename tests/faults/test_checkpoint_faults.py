@@ -65,8 +65,13 @@ def never_bad(path: Path, reason: str) -> None:
     pytest.fail(f"{path}: {reason}")
 
 
+def alone(work: Callable[..., None], *arguments: Any) -> None:
+    torch.set_num_threads(1)  # the other threads of this process's torch do not live on in a fork
+    work(*arguments)
+
+
 def forked(work: Callable[..., None], *arguments: Any) -> Any:
-    process = FORK.Process(target=work, args=arguments, daemon=True)
+    process = FORK.Process(target=alone, args=(work, *arguments), daemon=True)
     process.start()
     return process
 

@@ -20,7 +20,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers.logger import Logger
 
 from lightning_opt import models, optim, training
-from lightning_opt.job import stages
+from lightning_opt.job import pieces, stages
 from lightning_opt.plan import Place, RunPlan
 from lightning_opt.run_folder import RunFolder, Status, read_metrics
 from lightning_opt.training import GuardedLogger, loggers, wandb_logger
@@ -193,7 +193,7 @@ def test_a_run_tells_its_configuration_once_and_no_secret(tmp_path: Path, caplog
 
     config = {"logger": {"mine": {"save_dir": None, "api_key": "abcdef0123456789"}, "off": None}}
     order = stages.Order(config, None, [], "seed: 1\nlogger: {mine: {api_key: '[redacted]'}}\n", instantiate, None)
-    [guarded] = stages._loggers(order, RunFolder(tmp_path))
+    [guarded] = pieces.loggers(order, RunFolder(tmp_path))
     guarded.close()
     [logger] = made
     assert logger.told == [("log_hyperparams", ({"seed": 1, "logger": {"mine": {"api_key": "[redacted]"}}},))]
