@@ -15,9 +15,9 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3} DEVICE=${DEVICE:-cuda} QUICK=${QUICK:-} OUT=${OUT:-on_gpu_out} MFU=${MFU:-} ONLY=${ONLY:-}
 LIMIT=${LIMIT:-${QUICK:+1200}} LIMIT=${LIMIT:-470} # seconds for all
-BENCHMARKS="optimizer_step train_loop data_loading memory checkpointing callback_overhead"
+BENCHMARKS="optimizer_step train_loop data_loading memory checkpointing callback_overhead protections"
 declare -A SHARE=([tests]=100 [optimizer_step]=120 [train_loop]=60 [data_loading]=20 [memory]=45 [checkpointing]=40
-  [callback_overhead]=20 [mfu]=$LIMIT) # seconds at most: 405 before mfu; a page is written with every row or table
+  [callback_overhead]=20 [protections]=50 [mfu]=$LIMIT) # seconds at most: 455 before mfu; a page is written with every row or table
 declare -A WORK=(                      # what fits into that, by estimate
   [optimizer_step]="--sets 27M 124M --rounds 9"
   [train_loop]="--rounds 4 --warm 1"
@@ -25,6 +25,7 @@ declare -A WORK=(                      # what fits into that, by estimate
   [memory]="--optimizers torch-adamw adamw lion"
   [checkpointing]="--modes off full --rounds 3"
   [callback_overhead]="--rounds 8"
+  [protections]="--rounds 2 --warm 1 --block 20"
 )
 [[ -n $QUICK ]] && for name in "${!SHARE[@]}"; do SHARE[$name]=150 WORK[$name]=--quick; done
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1 TOKENIZERS_PARALLELISM=false

@@ -35,8 +35,8 @@ class Rewind(Diverged):
     """
 
     def __init__(self, reason: str, step: int, beyond: int | None, count: int):
-        super().__init__(reason)
-        self.step, self.beyond, self.count = step, beyond, count
+        super().__init__(reason, step)
+        self.beyond, self.count = beyond, count
 
 
 @dataclass
@@ -74,7 +74,7 @@ class LossGuard(pl.Callback):
     Source: OLMo-core's SkipStepOptimizer (window 128, sigma 6); PaLM (arXiv 2204.02311), section 5.1, for rewinding.
 
     Args:
-        on_spike: None, ``skip`` or ``rewind``.
+        on_spike: None, ``skip`` or ``rewind``; with several optimizers only None.
         sigma: standard deviations above the mean.
         window: steps that mean and deviation look back on.
         warmup: steps before a spike can be one; None = half a window.
@@ -86,7 +86,7 @@ class LossGuard(pl.Callback):
         rewinds: how often the run was rewound so far; set by whoever does that.
 
     Raises:
-        ConfigError: for a value out of range.
+        ConfigError: for a value out of range; when training starts, for ``on_spike`` beside several optimizers.
     """
 
     def __init__(
@@ -116,8 +116,11 @@ class LossGuard(pl.Callback):
     # -- the fit ----------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Hooks into optimizers of ours; also after a resume."""
+        """Hooks into optimizers of ours; also after a resume. Refuses spikes of several optimizers' steps."""
         self._unhook()
+        if self.on_spike and len(trainer.optimizers) > 1:  # their norms differ: one window would hold both
+            what = f"must be None beside {len(trainer.optimizers)} optimizers: a spike is judged by the steps of one"
+            raise ConfigError("loss_guard.on_spike", self.on_spike, what)
         self._trainer, self._loss, self._first_batch = trainer, StepLoss(), None
         self._history = self._history.to(pl_module.device)
         self._most = torch.full((2,), FINITE, device=pl_module.device)
@@ -247,9 +250,10 @@ class LossGuard(pl.Callback):
             before = self.rewinds or 0
             if before < self.max_rewinds:
                 raise Rewind(reason, judged.step, beyond, before + 1)
-            raise Diverged(f"{reason}; rewound {before} times before")
+            often = "once" if before == 1 else f"{before} times"
+            raise Diverged(f"{reason}; rewound {often} before" if before else reason, judged.step)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise Diverged(reason)
+            raise Diverged(reason, judged.step)
         self.skipped.append(judged.step)
         log.warning("%s", reason)
         if self.on_event is not None and self._trainer.is_global_zero:

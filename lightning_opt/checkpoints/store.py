@@ -20,9 +20,6 @@ from lightning_opt.checkpoints.writing import clear_leftovers, clear_set_aside, 
 log = logging.getLogger("lightning_opt.checkpoints")
 
 
-BACKGROUND_NICE = 10
-
-
 def _nobody(*_: Any, **__: Any) -> None:
     """Nobody wants to know."""
 
@@ -97,12 +94,12 @@ class Store:
         if wait:
             self.wait()
         else:
-            _set_nice(self._writer, BACKGROUND_NICE)  # training goes first
+            _set_nice(self._writer, 10)  # training goes first
 
     def wait(self) -> None:
         """Returns when everything is on disk."""
         if self._writer is not None:
-            _set_nice(self._writer, None)
+            _set_nice(self._writer, 0)
             self._writer.join()
             self._writer = None
 
@@ -147,8 +144,8 @@ class Store:
             log.error("and could not be recorded: %s", told)
 
 
-def _set_nice(thread: threading.Thread, nice: int | None) -> None:
-    """Sets a thread's priority, which only Linux has; None: that of this one, as far as the user may."""
+def _set_nice(thread: threading.Thread, more: int) -> None:
+    """Lets a thread step back behind this one, which only Linux can; 0 takes it back, where the user may."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError):  # it is done already, or we are not root
-            os.setpriority(os.PRIO_PROCESS, thread.native_id or 0, os.getpriority(os.PRIO_PROCESS, 0) if nice is None else nice)
+            os.setpriority(os.PRIO_PROCESS, thread.native_id or 0, os.getpriority(os.PRIO_PROCESS, 0) + more)

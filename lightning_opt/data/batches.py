@@ -145,7 +145,7 @@ class BatchLoader:
         return self._indices.global_batch_of(number)
 
     def state_dict(self) -> dict[str, Any]:
-        """``{"sequences": n, "offset": m}``: the next element is ``start + n + m``, and n are that many whole batches."""
+        """``{"sequences": n, "offset": m}``: the next element is ``start + n + m``; n counts whole batches."""
         done = min(self._position * self._indices.global_batch, self._indices.count)
         return {"sequences": done, "offset": self._indices.offset}
 

@@ -36,7 +36,8 @@ class Outcome:
 
     def leave(self, folder: RunFolder, rank: int) -> None:
         """Leaves a note for the process that ends the run."""
-        reason = f"rank {rank}: {self.reason}" if rank and self.state != "PREEMPTED" else self.reason
+        together = self.state in ("PREEMPTED", "DIVERGED")  # decided by all ranks
+        reason = f"rank {rank}: {self.reason}" if rank and not together else self.reason
         with suppress(OSError):  # the exit code says the most of it
             write_json(folder.path / f".rank-{rank}.json", {**asdict(self), "reason": reason})
 
@@ -53,7 +54,8 @@ def outcome_of(error: BaseException, step: int) -> Outcome:
     if isinstance(error, Diverged):
         return Outcome("DIVERGED", str(error), ExitCode.DIVERGED)
     name = error.name if isinstance(error, Terminated) else None
-    if name == "SIGINT" or isinstance(error, (KeyboardInterrupt, SystemExit)):  # Lightning makes one of the other
+    interrupt = error.__context__ if isinstance(error, SystemExit) else error  # Lightning makes one of the other
+    if name == "SIGINT" or isinstance(interrupt, KeyboardInterrupt):
         return Outcome("PREEMPTED", f"interrupted at step {step}", ExitCode.INTERRUPTED, signal="SIGINT")
     if name:
         return Outcome("PREEMPTED", f"stopped by {name} at step {step}", ExitCode.PREEMPTED, signal=name)

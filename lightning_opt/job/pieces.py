@@ -101,11 +101,16 @@ def callbacks(order: Order, folder: RunFolder, plan: RunPlan, given: dict[str, A
         "tokens_per_step": plan.tokens_per_step,
     }
     built = [order.instantiate(spec) for spec in (order.config["callbacks"] or {}).values() if spec]
-    for callback in built:
+    hand(built, given)
+    return built
+
+
+def hand(callbacks: list[Any], given: dict[str, Any]) -> None:
+    """Hands each callback what it asks for by an attribute that is still None."""
+    for callback in callbacks:
         for name, value in given.items():
             if hasattr(callback, name) and getattr(callback, name) is None:
                 setattr(callback, name, value)
-    return built
 
 
 def loggers(order: Order, folder: RunFolder) -> list[Any]:

@@ -161,8 +161,9 @@ def _rank(work: Work, order: Any, folder: RunFolder, steps: Counter, place: Plac
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal tells all of us; the starting process passes it on
     threading.Thread(target=_end_with_starter, name="starter", daemon=True).start()
-    with guarding(getattr(order, "config", None)), terminable(passed_on=True), speak(folder, place):
+    with guarding(getattr(order, "config", None)), terminable(passed_on=True) as signals, speak(folder, place):
         outcome = work(order, folder, steps, place)
+        signals.over = True
     leave(int(outcome.code))
 
 

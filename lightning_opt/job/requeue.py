@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 from dataclasses import dataclass
 
@@ -48,4 +49,5 @@ def requeue() -> Requeued | None:
     except (OSError, subprocess.TimeoutExpired) as error:
         return Requeued(job, " ".join(str(error).split()))
     said = " ".join(f"{done.stderr} {done.stdout}".split())
-    return Requeued(job, (said or f"exit code {done.returncode}") if done.returncode else None)
+    failed = done.returncode not in (0, -signal.SIGTERM)  # Slurm ends all that the job started, scontrol too
+    return Requeued(job, (said or f"exit code {done.returncode}") if failed else None)

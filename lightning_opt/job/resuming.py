@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_opt.checkpoints import Checkpoint, Damaged, clear_leftovers, find, newest_good, set_aside, verify
+from lightning_opt.checkpoints import Checkpoint, Damaged, find, newest_good, verify
 from lightning_opt.checkpoints.manifest import read_manifest
 from lightning_opt.plan import ConfigError, check_same, closest, length_changes, near_path
-from lightning_opt.run_folder import RunFolder, append_event, starts_elsewhere
+from lightning_opt.run_folder import RunFolder, append_event, read_events, starts_elsewhere
 
 log = logging.getLogger("lightning_opt.job")
 
@@ -63,6 +63,8 @@ def choose(folder: RunFolder, config: dict[str, Any], now: dict[str, Any]) -> St
         ConfigError: the checkpoint is of another run than this in something that ``resume_allow`` does not name, or
             the user named one that is damaged.
     """
+    from lightning_opt.checkpoints import clear_leftovers  # heavy: a command is checked without it
+
     clear_leftovers(folder.checkpoints)
     found, elsewhere = newest_good(folder.checkpoints, _tell_of(folder)), False
     if found is None and starts_elsewhere(config["resume"]):
@@ -76,6 +78,21 @@ def choose(folder: RunFolder, config: dict[str, Any], now: dict[str, Any]) -> St
     append_event(folder.events, "resumed", step=found.step, checkpoint=shown)
     notes = (f"from step {found.step}: {shown}", *_notes(found.meta.get("identity") or {}, now, changed))
     return Start(found.path, found.step, "optimizer" in changed, notes)
+
+
+def rewound(folder: RunFolder, step: int) -> tuple[int, int]:
+    """The last rewind from behind a step: which of the run it was, and the first sequence that was left to train on.
+
+    Zeros where there was none. A checkpoint from after that rewind knows both; to be told again changes nothing.
+
+    Args:
+        folder: the run's.
+        step: optimizer steps done where the run goes on.
+    """
+    for event in reversed(read_events(folder.events)):
+        if event.get("kind") == "rewound" and event["step"] > step:
+            return event["count"], event["not_before"]
+    return 0, 0
 
 
 def _named(where: str) -> list[Checkpoint]:
@@ -118,6 +135,8 @@ def _tell_of(folder: RunFolder) -> Callable[[Path, str], None]:
     def tell(path: Path, reason: str) -> None:
         log.warning("resume     %s is damaged and passed over: %s", path, reason)
         if path.parent == folder.checkpoints:
+            from lightning_opt.checkpoints import set_aside
+
             log.warning("           it is kept as %s", set_aside(path))
         append_event(folder.events, "checkpoint_bad", checkpoint=path.name, reason=reason)
 
@@ -136,7 +155,7 @@ def _check(found: Checkpoint, config: dict[str, Any], now: dict[str, Any], own: 
 def _notes(saved: dict[str, Any], now: dict[str, Any], changed: list[str]) -> list[str]:
     lines = [f"another {name.replace('_', ' ')} than it was saved with, as allowed" for name in changed]
     if _ORDER & set(changed):
-        lines.append("the data comes in another order from here on: some of what was seen comes again")
+        lines.append("the data comes in another order from here on: some of what was seen may come again")
     if not saved:
         lines.append("the checkpoint does not say what run it is of: nothing was compared")
     if length := length_changes(saved, now):

@@ -15,7 +15,7 @@ from lightning_opt.job import notices, pieces, ranks, record, resuming
 from lightning_opt.job.logs import run_log
 from lightning_opt.job.outcomes import Outcome, left_notes, outcome_of
 from lightning_opt.job.requeue import requeue
-from lightning_opt.job.signals import Terminated, terminable
+from lightning_opt.job.signals import Signals, Terminated, terminable
 from lightning_opt.job.space import check_space
 from lightning_opt.plan import ConfigError, Place, RunPlan, check, data_config, place
 from lightning_opt.plan.secrets import guarding
@@ -84,17 +84,18 @@ def run(
     order = Order(config, check(config), overrides, saved_config, instantiate, tuned)
     here = place()
     if folder is None:
-        with ranks.speak(None, here), guarding(config), terminable():
+        with ranks.speak(None, here), guarding(config), terminable() as signals:
             outcome = _work(order, None, SimpleNamespace(step=0), here)
+            signals.over = True
         if outcome.reason:  # the first rank may never get to hear of it
             sys.stderr.write(f"{outcome.traceback}rank {here.rank}: {outcome.reason}\n")
         return int(outcome.code)
     identity = read_status(folder.status).get("config_hash") or config_hash(config)
-    with Status(folder.status, identity) as status, run_log(folder.log), guarding(config), terminable():
-        return _guarded(order, folder, status, here)
+    with terminable() as signals, Status(folder.status, identity) as status, run_log(folder.log), guarding(config):
+        return _guarded(order, folder, status, here, signals)
 
 
-def _guarded(order: Order, folder: RunFolder, status: Status, here: Place) -> int:
+def _guarded(order: Order, folder: RunFolder, status: Status, here: Place, signals: Signals) -> int:
     """Runs the stages and turns whatever happens into a state, a reason, an event and an exit code."""
     try:
         left_notes(folder)  # of an earlier try
@@ -104,7 +105,9 @@ def _guarded(order: Order, folder: RunFolder, status: Status, here: Place) -> in
             outcome = ranks.start_ranks(_work, order, folder, status, order.plan.devices)
         else:
             outcome = _work(order, folder, status, here)
+        signals.over = True
     except BaseException as error:
+        signals.over = True
         outcome = outcome_of(error, status.step)
     outcome = min([outcome, *left_notes(folder).values()], key=lambda note: note.time)
     if outcome.traceback:
@@ -114,7 +117,7 @@ def _guarded(order: Order, folder: RunFolder, status: Status, here: Place) -> in
         log.error("%s: %s", outcome.state.lower(), outcome.reason)
         append_event(folder.events, outcome.state.lower(), step=status.step, reason=outcome.reason)
     if outcome.code != ExitCode.CONFIGURATION:
-        _report(folder)
+        _report(folder, signals)
     if outcome.signal == "SIGUSR1":
         _requeue(folder, status.step)
     return int(outcome.code)
@@ -142,20 +145,21 @@ def _train_through(order: Order, folder: RunFolder, status: ranks.Steps, group: 
     """Trains; where the loss guard asks for it, again from the newest good checkpoint and past the bad sequences."""
     from lightning_opt.callbacks import Rewind
 
-    rewinds = not_before = 0
+    rewound = (0, 0)
     while True:
         try:
-            return _train(order, folder, status, group, rewinds, not_before)
+            return _train(order, folder, status, group, rewound)
         except Rewind as rewind:
-            rewinds, not_before = rewind.count, rewind.beyond or 0
+            count, not_before = rewound = (rewind.count, rewind.beyond or 0)
             if group.first:
-                log.warning("rewind     %d: %s", rewinds, rewind)
-                append_event(folder.events, "rewound", step=rewind.step, not_before=not_before, reason=str(rewind))
+                log.warning("rewind     %d: %s", count, rewind)
+                told = {"step": rewind.step, "count": count, "not_before": not_before, "reason": str(rewind)}
+                append_event(folder.events, "rewound", **told)
         gc.collect()  # Lightning's trainer is a circle, which holds the model
 
 
 def _train(
-    order: Order, folder: RunFolder, status: ranks.Steps, group: Any, rewinds: int, not_before: int
+    order: Order, folder: RunFolder, status: ranks.Steps, group: Any, rewound: tuple[int, int]
 ) -> tuple[Any, Any]:
     """Builds and trains. Returns the trained model, whole on the first rank, and the tokenizer.
 
@@ -164,8 +168,8 @@ def _train(
         folder: its folder.
         status: takes the steps.
         group: the run's processes.
-        rewinds: how often it was rewound before.
-        not_before: first sequence of the global order that is left to train on.
+        rewound: how often this process rewound it, and the first sequence of the global order that is left to train
+            on; an earlier process's rewind is in the events.
 
     Raises:
         Terminated: the run was asked to end, and did so after a whole step.
@@ -189,9 +193,11 @@ def _train(
     precision = training.choose_precision(config["trainer"]["precision"], config["trainer"]["accelerator"], strategy)
     module = pieces.module(config, plan, model, optimizer, token_data)
     identity = pieces.identity(order, plan, token_data) if group.first else {}
-    given = {"flops_per_token": flops, "tokenizer": token_data.tokenizer, "identity": identity, "rewinds": rewinds}
+    given = {"flops_per_token": flops, "tokenizer": token_data.tokenizer, "identity": identity}
     callbacks = pieces.callbacks(order, folder, plan, given)
-    start = _agreed(group, lambda: _start(order, folder, plan, (model, optimizer), callbacks, identity))
+    start, earlier = _agreed(group, lambda: _start(order, folder, plan, (model, optimizer), callbacks, identity))
+    rewinds, not_before = max(rewound, earlier)
+    pieces.hand(callbacks, {"rewinds": rewinds})
     if group.first:
         _write_down(order, folder, plan, token_data, described, optimizer, flops, precision)
         notices.resumed(start.notes if start else ())
@@ -255,14 +261,15 @@ def _start(
     built: tuple[Any, Any],
     callbacks: list[Any],
     identity: dict[str, Any],
-) -> resuming.Start | None:
-    """Where the run goes on, once its checkpoints are known to fit on the disk."""
+) -> tuple[resuming.Start | None, tuple[int, int]]:
+    """Where the run goes on, once its checkpoints are known to fit on the disk, and the rewind that led there."""
     from lightning_opt.callbacks import averages
 
     for callback in callbacks:
         if retention := getattr(callback, "retention", None):
             check_space(folder, *built, keep=retention.most(plan.max_steps), averaged=averages(callbacks))
-    return resuming.choose(folder, order.config, identity)
+    start = resuming.choose(folder, order.config, identity)
+    return start, resuming.rewound(folder, start.step if start else 0)
 
 
 def _agreed(group: Any, decide: Callable[[], Any]) -> Any:
@@ -305,20 +312,21 @@ def _requeue(folder: RunFolder, step: int) -> None:
         append_event(folder.events, kind, step=step, job=requeued.job, reason=requeued.failure)
 
 
-def _report(folder: RunFolder) -> None:
+def _report(folder: RunFolder, signals: Signals) -> None:
     """Summary, report and last block, for unfinished runs too; a fault here must not hide the run's own state."""
     try:
-        from lightning_opt import reports
+        with signals.finishing("the report is still written"):
+            from lightning_opt import reports
 
-        summary = summarize(folder)
-        try:
-            write_json(folder.summary, summary)
-            reports.write(folder.path)
-        except OSError as error:
-            log.error("the report could not be written: %s", error)
-        in_sweep = SweepFolder(folder.path.parent).sweep.exists()  # whose own end says what to type next
-        commands = [] if in_sweep else reports.next_commands(reports.read(folder.path))
-        notices.last_block(folder.path, summary, commands)
+            summary = summarize(folder)
+            try:
+                write_json(folder.summary, summary)
+                reports.write(folder.path)
+            except OSError as error:
+                log.error("the report could not be written: %s", error)
+            in_sweep = SweepFolder(folder.path.parent).sweep.exists()  # whose own end says what to type next
+            commands = [] if in_sweep else reports.next_commands(reports.read(folder.path))
+            notices.last_block(folder.path, summary, commands)
     except (KeyboardInterrupt, Terminated):
         log.warning("asked to stop once more: the report is not written")
     except Exception as error:

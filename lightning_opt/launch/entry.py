@@ -14,6 +14,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.types import TaskFunction
 from omegaconf import DictConfig
 
+from lightning_opt.job.signals import Terminated, terminable
 from lightning_opt.launch.compose import CONF, CONFIG_NAME, Composer
 from lightning_opt.launch.refusing import refuse
 from lightning_opt.plan import ConfigError, place
@@ -32,8 +33,15 @@ def main(argv: Sequence[str], conf: Path = CONF) -> int:
         Exit code: 0 finished, 1 failed, 2 wrong configuration, 3 diverged, 130 interrupted, 143 preempted. A sweep
         answers 1 if any job failed, else 3 if any diverged, else 0.
     """
-    with guarding(dict(word.partition("=")[::2] for word in argv)):
-        return _main(argv, conf)
+    try:
+        with terminable(), guarding(dict(word.partition("=")[::2] for word in argv)):
+            return _main(argv, conf)
+    except KeyboardInterrupt:
+        code, said = ExitCode.INTERRUPTED, "interrupted before anything was started"
+    except Terminated as stop:
+        code, said = ExitCode.PREEMPTED, f"stopped by {stop.name} before anything was started"
+    print(said, file=sys.stderr, flush=True)
+    return int(code)
 
 
 def _main(argv: Sequence[str], conf: Path) -> int:

@@ -18,7 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 from lightning_opt.job.requeue import requeue
-from lightning_opt.job.signals import STOP_SIGNALS, Terminated, terminable
+from lightning_opt.job.signals import STOP_SIGNALS, Signals, Terminated, terminable
 from lightning_opt.launch import processes, task
 from lightning_opt.launch.compose import CONF
 from lightning_opt.launch.preflight import Command
@@ -107,7 +107,8 @@ def run_sweep(command: Command, words: Sequence[str], hand_over: Callable[[list[
             code = ExitCode.INTERRUPTED
         except Terminated:
             code = ExitCode.PREEMPTED
-        code = _end(folder, status, task.stopped() or code, asked)
+        signals.over = True
+        code = _end(folder, status, task.stopped() or code, asked, signals)
     if code == ExitCode.PREEMPTED and signals.asked == "SIGUSR1" and (requeued := requeue()):
         _say(str(requeued))
     return code
@@ -272,7 +273,7 @@ def _result(folder: RunFolder) -> str:
     return str(status.get("state")) if loss is None else f"{status['state']}: loss {loss:.4f}"
 
 
-def _end(folder: SweepFolder, status: Status, code: int, asked: Sequence[str]) -> int:
+def _end(folder: SweepFolder, status: Status, code: int, asked: Sequence[str], signals: Signals) -> int:
     """Settles what is left open, sets the sweep's state, and compares the jobs.
 
     Args:
@@ -280,6 +281,7 @@ def _end(folder: SweepFolder, status: Status, code: int, asked: Sequence[str]) -
         status: the sweep's own.
         code: what the jobs' launch answered.
         asked: each `config_hash` of this command: those of earlier ones are no matter of its exit code.
+        signals: what they asked for.
     """
     jobs = folder.jobs()
     for job in jobs:
@@ -288,7 +290,7 @@ def _end(folder: SweepFolder, status: Status, code: int, asked: Sequence[str]) -
     left = [job for job in jobs if not job.is_done]
     status.step = len(jobs) - len(left)
     if code in task.STOPS:
-        status.set("PREEMPTED", f"{'interrupted' if code == ExitCode.INTERRUPTED else 'stopped by SIGTERM'}")
+        status.set("PREEMPTED", "interrupted" if code == ExitCode.INTERRUPTED else f"stopped by {signals.asked or 'SIGTERM'}")
     else:
         states = {job.state for job in jobs if job.config_hash in asked}
         failed = code not in (ExitCode.FINISHED, ExitCode.DIVERGED) or not states <= set(FINISHED_STATES)
@@ -297,7 +299,7 @@ def _end(folder: SweepFolder, status: Status, code: int, asked: Sequence[str]) -
             status.set("FAILED", f"{len(left)} of {len(jobs)} jobs without a result")
         else:
             status.set("FINISHED")
-    _compare(folder)
+    _compare(folder, signals)
     for command, mine in to_go_on(left).items():
         _say(f"{len(mine)} of {len(jobs)} jobs have no result; the same command again runs only those: {command}")
         for job in mine:
@@ -333,14 +335,15 @@ def _ended(folder: SweepFolder) -> list[str | None]:
     return [job.state if job.state != "RUNNING" else None for job in folder.jobs()]
 
 
-def _compare(folder: SweepFolder) -> None:
+def _compare(folder: SweepFolder, signals: Signals) -> None:
     """The comparison; a fault here must not hide how the sweep ended."""
     try:
-        from lightning_opt import reports
+        with signals.finishing("the comparison is still drawn"):
+            from lightning_opt import reports
 
-        reports.write_sweep(folder.path)
-        for line in reports.sweep_lines(folder.path):
-            _say(line)
+            reports.write_sweep(folder.path)
+            for line in reports.sweep_lines(folder.path):
+                _say(line)
     except (KeyboardInterrupt, Terminated):
         _say("asked to stop once more: the comparison is not drawn")
     except Exception as error:

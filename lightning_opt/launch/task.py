@@ -21,12 +21,15 @@ from lightning_opt.launch.refusing import refuse
 from lightning_opt.launch.resolve import redact, saved_text
 from lightning_opt.plan import ConfigError, place, secrets, tuned
 from lightning_opt.run_folder import (
+    FINISHED_STATES,
     ExitCode,
     FolderRefused,
     RunFolder,
     adoptable,
     claim,
     config_hash,
+    owner_is_gone,
+    read_status,
     record_end,
     starts_elsewhere,
 )
@@ -88,8 +91,9 @@ def run_job(cfg: DictConfig) -> int:
 def _guarded(cfg: DictConfig) -> int:
     if not place().first:
         return _follow(cfg)
-    with terminable():
+    with terminable() as signals:
         try:
+            signals.begin()
             config = check_job(cfg)
             folder = _claim(cfg, config)
         except ConfigError as error:
@@ -103,9 +107,9 @@ def _guarded(cfg: DictConfig) -> int:
         except ConfigError as error:
             return _ended(folder, config, ExitCode.CONFIGURATION, str(error))
         except KeyboardInterrupt:
-            return _ended(folder, config, ExitCode.INTERRUPTED, "interrupted before the first step")
+            return _ended(folder, config, ExitCode.INTERRUPTED, "interrupted")
         except Terminated as stop:
-            return _ended(folder, config, ExitCode.PREEMPTED, f"stopped by {stop.name} before the first step")
+            return _ended(folder, config, ExitCode.PREEMPTED, f"stopped by {stop.name}")
         except Exception as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             return _ended(folder, config, ExitCode.FAILED, reason, traceback.format_exc())
@@ -123,11 +127,15 @@ def _follow(cfg: DictConfig) -> int:
 
 
 def _ended(folder: RunFolder, config: dict[str, Any], code: ExitCode, reason: str, trace: str = "") -> int:
-    """Says and records how a job ended that did not come as far as its own stages."""
+    """Says and records how a job ended that did not come as far as its own stages, or was cut off within them."""
+    status = read_status(folder.status)
+    if code in STOPS:
+        reason += f" at step {status['step']}" if status.get("step") else " before the first step"
     reason, trace = secrets.mask(reason), secrets.mask(trace)
     print(trace.rstrip() or reason, file=sys.stderr, flush=True)
     state = "PREEMPTED" if code in STOPS else "FAILED"
-    record_end(folder, config_hash(config), state, reason, trace)
+    if status.get("state", "RUNNING") == "RUNNING":  # since it was claimed
+        record_end(folder, config_hash(config), state, reason, trace)
     return code
 
 
@@ -173,11 +181,24 @@ def _claim(cfg: DictConfig, config: dict[str, Any]) -> RunFolder:
         if own is None or not find(own.checkpoints):
             check_start(cfg, config)
     try:
-        return claim(root, name, hash, resume=resume, path=named)[0]
+        folder, adopted = claim(root, name, hash, resume=resume, path=named)
     except FolderRefused as error:
         raise ConfigError(field, str(named), f"must be {error}") from None
     except OSError as error:
         raise ConfigError(field, str(named or root), f"must be a folder we can write to ({error.strerror})") from None
+    if not adopted and named is None and resume == "auto" and hydra.mode != RunMode.MULTIRUN:
+        _tell_of_unfinished(folder)
+    return folder
+
+
+def _tell_of_unfinished(folder: RunFolder) -> None:
+    """The run of this name before this one may be what the user meant to go on with, and then changed a value."""
+    earlier = [path for path in sorted(folder.path.parent.glob("*Z-*")) if path != folder.path]
+    last = RunFolder(earlier[-1]) if earlier else folder
+    status = read_status(last.status)
+    if owner_is_gone(status) and status.get("state") not in FINISHED_STATES and (found := find(last.checkpoints)):
+        where = f"{last.path} has another configuration and was left unfinished at step {found[0].step}"
+        print(f"{where}: to go on from there add resume={last.path}", file=sys.stderr, flush=True)
 
 
 def tuned_values(cfg: DictConfig) -> dict[str, Any] | None:

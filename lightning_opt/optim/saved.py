@@ -18,7 +18,7 @@ _TORCHS = {*_MATHS, "foreach", "capturable", "differentiable", "fused"}
 
 
 def with_values_of(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A saved state under the hyperparameters of `groups`; None if its rules, roles or numbers of tensors are others."""
+    """A saved state under the hyperparameters of `groups`; None if rules, roles or numbers of tensors differ."""
     saved = state_dict["param_groups"]
     layouts = [[(g.get("rule"), g.get("role"), len(g["params"])) for g in side] for side in (saved, groups)]
     if layouts[0] != layouts[1]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import html
+import json
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import quote, quote_plus
 
 REDACTED = "[redacted]"
 
 _SECRET_WORDS = {"token", "key", "apikey", "password", "passwd", "pwd", "passphrase", "secret", "credential"}
 _SECRET_WORDS |= {"credentials", "auth", "authorization", "bearer", "cookie"}
 _PASSWORDS = {"password", "passwd", "pwd", "passphrase", "secret"}  # secret even where they are a number
+_SURELY = {"token", "key", "apikey", "password", "passwd", "passphrase", "secret"}
 _NO_SECRETS = re.compile(r"^(?:num|max|min|n)_|(?:^|_)(?:pad|eos|bos|unk|mask|sep|cls|special|per)_tokens?(?:_|$)")
 _KIND_BEFORE = re.compile(r"\b(?:pad|eos|bos|unk|mask|sep|cls|special|per)[ -]$", re.IGNORECASE)
 _LITERAL = re.compile(
@@ -22,7 +26,7 @@ _LITERAL = re.compile(
     r"|\bAKIA[A-Z0-9]{12,}"
     r"|\beyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}(?:\.[A-Za-z0-9_-]+)?"
     r"|(?<=Bearer )[^\s,;'\"]+"
-    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
+    r"|(?<=://)(?:[^/\s:@]*:[^/\s@]+|[^/\s:@]{8,})(?=@)"
 )
 # A bare value may hold `${...}`; one that opens a map or a list is looked into, not taken whole.
 _NAMED = re.compile(
@@ -41,18 +45,34 @@ def guarding(config: Any) -> Iterator[None]:
 
     Args:
         config: a tree with its values resolved; what it holds under names of secrets is guarded from six characters
-            on, and so is what environment variables of such names hold, if there is a digit in it.
+            on, and so is what environment variables of such names hold, if there is a digit in it. Where the name's
+            last word leaves no doubt (``DB_PASSWORD``, ``HF_TOKEN``), so is anything of eight characters that is no
+            path.
     """
     global _guarded
     before = _guarded
-    # a path or a plain word (SSH_AUTH_SOCK, SORT_KEY) is none, and stands in innocent texts
-    named = {name: text for name, text in os.environ.items() if re.search(r"^[^/].*\d", text, re.DOTALL)}
-    found = {*before, *_values(config), *_values(named)}
-    _guarded = tuple(sorted(found, key=len, reverse=True))
+    named = (_values(text, name if _tells(name, text) else "") for name, text in os.environ.items())
+    found = {form for text in _values(config).union(*named) for form in _forms(text)}
+    _guarded = tuple(sorted(found.union(before), key=len, reverse=True))
     try:
         yield
     finally:
         _guarded = before
+
+
+def _tells(name: str, text: str) -> bool:
+    """Whether an environment variable of a secret's name holds one: a path or a plain word (SSH_AUTH_SOCK) is none."""
+    if _words(name)[-1:] and _words(name)[-1] in _SURELY and len(text) >= _PART:
+        return not text.isdecimal() and not os.path.exists(text)
+    return bool(re.search(r"^[^/].*\d", text, re.DOTALL))
+
+
+def _forms(secret: str) -> set[str]:
+    """As it stands in messages, JSON, addresses and pages."""
+    written = {json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1], repr(secret)[1:-1]}
+    in_bytes = secret.encode("utf-8", "replace")  # an environment may hold what is no text
+    quoted = {quote(in_bytes), quote(in_bytes, safe=""), quote_plus(in_bytes)}
+    return {secret, *written, *quoted, html.escape(secret), html.escape(secret, quote=False)}
 
 
 def _values(tree: Any, name: str = "") -> set[str]:

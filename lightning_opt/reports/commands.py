@@ -39,7 +39,8 @@ def next_commands(run: Run) -> tuple[tuple[str, str], ...]:
     score = ("Score the trained model on the real test sets", f"python -m recipes.evaluate {path} --suite full")
     compare = ("Compare with another optimizer on the same data and tokens", _compare(run))
     draw = ("Draw this report again", f"python -m recipes.report {path}")
-    return (score, draw) if run.lacks("overrides.txt") else (train, score, compare, draw)
+    scores = (score,) if (run.folder / "model").is_dir() else ()
+    return (*scores, draw) if run.lacks("overrides.txt") else (train, *scores, compare, draw)
 
 
 def _resuming(run: Run) -> list[str]:

@@ -23,7 +23,16 @@ class ExitCode(IntEnum):
 
 
 class Diverged(RuntimeError):
-    """Training left the finite numbers; the weights are those from before the step."""
+    """Training left the finite numbers.
+
+    Args:
+        reason: one line.
+        step: the step that was not taken, from 1: the weights are those from before it. None: every step was taken.
+    """
+
+    def __init__(self, reason: str, step: int | None = None):
+        super().__init__(reason)
+        self.step = step
 
 
 def record_end(folder: RunFolder, config_hash: str, state: State, reason: str, traceback: str = "") -> None:

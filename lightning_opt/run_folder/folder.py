@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import socket
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lightning_opt.run_folder.status import FINISHED_STATES, owner_is_gone, read_status
+from lightning_opt.run_folder.status import FINISHED_STATES, STALE_S, owner_is_gone, read_status
+
+log = logging.getLogger("lightning_opt.run_folder")
 
 # What may differ between two tries at the same run: it changes no result.
 _NOT_IDENTITY = (
@@ -31,6 +36,9 @@ _NOT_IDENTITY = (
 
 # As `write_text` and the model's export call what they rename into place.
 _BESIDE = re.compile(r"\..+\.\d+\.(part|tmp|old)")
+
+
+_LOOK_S = 1.0  # between two looks at another host's heartbeat
 
 
 class FolderRefused(ValueError):
@@ -95,6 +103,9 @@ def claim(
 ) -> tuple[RunFolder, bool]:
     """Claims a new run folder, or adopts an unfinished one of the same configuration whose owner is gone.
 
+    An owner on another host, which a host that broke down leaves behind too, is waited for until its heartbeat moves,
+    or is stale: two minutes at most.
+
     Args:
         root: the folder of all runs; the new folder is ``root/name/<UTC time>-<hash>``.
         name: the run's name.
@@ -109,12 +120,13 @@ def claim(
     Raises:
         FolderRefused: the named folder belongs to another configuration, a finished run, or a run in progress.
     """
+    gone = _gone_elsewhere(root, name, hash, path) if resume != "never" else []
     if path is not None:
-        return _claim_named(path, hash, resume, grows)
+        return _claim_named(path, hash, resume, grows, gone)
     parent = root / name
     parent.mkdir(parents=True, exist_ok=True)
     with _one_at_a_time(parent):
-        if resume != "never" and (unfinished := adoptable(root, name, hash, grows=grows)):
+        if resume != "never" and (unfinished := adoptable(root, name, hash, grows=grows, gone=gone)):
             return _own(unfinished.path, hash), True
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
         for attempt in range(1000):
@@ -127,19 +139,77 @@ def claim(
     raise RuntimeError(f"no free run folder below {parent}")
 
 
-def adoptable(root: Path, name: str, hash: str, *, path: Path | None = None, grows: bool = False) -> RunFolder | None:
-    """The folder that `claim` with the same arguments would adopt, if any; nothing is touched."""
-    candidates = sorted((root / name).glob(f"*-{hash}*"), reverse=True) if path is None else [path]
-    for candidate in candidates:
+def adoptable(
+    root: Path,
+    name: str,
+    hash: str,
+    *,
+    path: Path | None = None,
+    grows: bool = False,
+    gone: Sequence[dict[str, Any]] = (),
+) -> RunFolder | None:
+    """The folder that `claim` with the same arguments would adopt, if any; nothing is touched.
+
+    Args:
+        root: as for `claim`.
+        name: as for `claim`.
+        hash: as for `claim`.
+        path: as for `claim`.
+        grows: as for `claim`.
+        gone: owners that are known to be gone.
+    """
+    for candidate in _candidates(root, name, hash, path):
         status = read_status(candidate / "status.json")
-        if not status or not owner_is_gone(status) or (path is not None and status.get("config_hash") != hash):
+        if not status or not _is_gone(status, gone) or (path is not None and status.get("config_hash") != hash):
             continue
         if grows or status.get("state") not in FINISHED_STATES:
             return RunFolder(candidate)
     return None
 
 
-def _claim_named(path: Path, hash: str, resume: str, grows: bool) -> tuple[RunFolder, bool]:
+def _candidates(root: Path, name: str, hash: str, path: Path | None) -> list[Path]:
+    return sorted((root / name).glob(f"*-{hash}*"), reverse=True) if path is None else [path]
+
+
+def _is_gone(status: dict[str, Any], gone: Sequence[dict[str, Any]]) -> bool:
+    return owner_is_gone(status) or status.get("owner") in gone
+
+
+def _gone_elsewhere(root: Path, name: str, hash: str, path: Path | None) -> list[dict[str, Any]]:
+    """Owners on other hosts that gave no sign of life while we looked, each with its last heartbeat.
+
+    Two beats missed do not make one dead: a beat may be late by a minute (a compiler at work, a full disk, what a
+    network file system remembers), and two owners in one folder cost more than the wait.
+    """
+    gone = []
+    for folder in _candidates(root, name, hash, path):
+        status = read_status(folder / "status.json")
+        elsewhere = not owner_is_gone(status) and status["owner"].get("host") != socket.gethostname()
+        if elsewhere and not _beats(folder, status):
+            gone.append(status["owner"])
+    return gone
+
+
+def _beats(folder: Path, status: dict[str, Any]) -> bool:
+    """Whether an owner on another host lives; their clock may not be ours, so the wait has an end of its own."""
+    owner = status["owner"]
+    left = min(STALE_S, STALE_S - (time.time() - float(owner.get("heartbeat", 0))))
+    log.warning("%s: is %s alive? Looking for its heartbeat, up to %.0f s", folder, _owner(status), left)
+    end = time.monotonic() + left
+    while time.monotonic() < end:
+        time.sleep(_LOOK_S)
+        now = read_status(folder / "status.json")
+        if now.get("owner") != owner:
+            said = "it has ended" if owner_is_gone(now) else "it is, and keeps its folder"
+            log.warning("%s: %s", folder, said)
+            return True
+    log.warning("%s: it is not, so this command goes on there", folder)
+    return False
+
+
+def _claim_named(
+    path: Path, hash: str, resume: str, grows: bool, gone: Sequence[dict[str, Any]]
+) -> tuple[RunFolder, bool]:
     path.mkdir(parents=True, exist_ok=True)
     kind = "sweep" if grows or (path / "sweep.json").exists() else "run"
     with _one_at_a_time(path):
@@ -148,7 +218,7 @@ def _claim_named(path: Path, hash: str, resume: str, grows: bool) -> tuple[RunFo
             if any(item.name != ".claim" for item in path.iterdir()):
                 raise FolderRefused("an empty or new folder: this one holds other files")
             return _own(path, hash), False
-        if not owner_is_gone(status):
+        if not _is_gone(status, gone):
             raise FolderRefused(f"another folder: a {kind} is in progress there ({_owner(status)})")
         if resume == "never":
             raise FolderRefused(f"a new folder: resume=never starts anew, and this one holds a {kind}")

@@ -54,9 +54,10 @@ class PretrainModule(pl.LightningModule):
         self._schedule = schedule
         self._micro_losses: list[Tensor] = []
         self._sharded: Sharded | None = None
-        self._val_loss = nn.ModuleList(MeanMetric() for _ in self.corpora)
-        self._val_bytes = nn.ModuleList(SumMetric() for _ in self.corpora)
-        self._val_nats = nn.ModuleList(SumMetric() for _ in self.corpora)
+        shown = {"nan_strategy": "disable"}  # else a loss that is not a number would be left out of the mean
+        self._val_loss = nn.ModuleList(MeanMetric(**shown) for _ in self.corpora)
+        self._val_bytes = nn.ModuleList(SumMetric(**shown) for _ in self.corpora)
+        self._val_nats = nn.ModuleList(SumMetric(**shown) for _ in self.corpora)
         self.register_buffer("token_bytes", torch.as_tensor(token_bytes, dtype=torch.int32), persistent=False)
 
     def configure_model(self) -> None:

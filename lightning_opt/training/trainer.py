@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,8 +21,9 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning_opt.callbacks import CheckpointIO
 from lightning_opt.models import compiled
 from lightning_opt.optim import with_values_of
+from lightning_opt.optim.storage import local
 from lightning_opt.plan import RunPlan
-from lightning_opt.run_folder import RunFolder
+from lightning_opt.run_folder import Diverged, RunFolder
 from lightning_opt.training.datamodule import TokenDataModule
 from lightning_opt.training.group import Group
 from lightning_opt.training.loggers import GuardedLogger
@@ -52,8 +54,9 @@ class _Step(pl.Callback):
     In checkpoints: the step validated last, and the row of ``metrics.csv`` that is not on disk yet.
     """
 
-    def __init__(self, status: Any, interval: int, logger: RunLogger | None, other_optimizer: bool):
+    def __init__(self, status: Any, interval: int, logger: RunLogger | None, other_optimizer: bool, group: Group):
         self._status, self._interval, self._logger, self._other = status, interval, logger, other_optimizer
+        self._group = group
         self.validated = 0
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -108,6 +111,18 @@ class _Step(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         self._status.step = trainer.global_step
+
+    def on_fit_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Behind all that still changes weights, and before they are exported or scored."""
+        if self._group.any(not _finite(module)):
+            raise Diverged(f"the weights are not finite at the end, after step {trainer.global_step}")
+
+
+def _finite(module: torch.nn.Module) -> bool:
+    """Whether all weights are, of which a rank may hold parts only; the host waits once."""
+    held = [local(p.detach()) for p in module.parameters() if p.is_floating_point()]
+    norms = torch._foreach_norm([tensor for tensor in held if tensor.numel()], math.inf)
+    return not norms or bool(torch.stack([norm.float() for norm in norms]).isfinite().all())
 
 
 def _trained_weights(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> str | None:
@@ -173,7 +188,7 @@ def fit(
         Steps done and what stopped the run early, if anything.
 
     Raises:
-        Diverged: the callback LossGuard found a loss or gradient norm that is not finite.
+        Diverged: the callback LossGuard found a loss or gradient norm that is not finite, or weights at the end are.
         Damaged: the checkpoint is not what was written.
     """
     validates = config["val_sequences"] > 0
@@ -193,10 +208,11 @@ def fit(
         logger.current_step = lambda: trainer.global_step
     with _quiet(), compiled(module.model, config.get("compile", "off")):
         stopping = Stopping(asked, group)
-        step = _Step(status, config["log_every_n_steps"], run_logger, other_optimizer)
+        step = _Step(status, config["log_every_n_steps"], run_logger, other_optimizer, group)
         watchers = [step, *callbacks, stopping]
         trainer = _trainer(plan, config, precision, folder, writers, watchers, resume if verified else None)
         stopping.keep_lightning_out(trainer)
+        not_taken = False
         try:
             trainer.fit(module, data, ckpt_path=resume)
             if validates and step.validated != trainer.global_step:
@@ -204,8 +220,11 @@ def fit(
             stopping.check()
         except Stopped as stop:
             return FitResult(trainer.global_step, stop.name)
+        except Diverged as end:
+            not_taken = end.step == trainer.global_step  # a step that the device masked has counted as one
+            raise
         finally:
-            status.step = trainer.global_step
+            status.step = trainer.global_step - not_taken
             for logger in writers:
                 logger.close()
     return FitResult(trainer.global_step)
@@ -282,7 +301,9 @@ def _strategy(plan: RunPlan, name: str) -> str | Strategy:
 
 def _plugins(plan: RunPlan, precision: str, verified: Path | None) -> list[Any]:
     environment = [TorchElasticEnvironment()] if plan.devices > 1 else []  # however the processes were started
-    return [CheckpointIO(verified=verified), *environment] + ([BFloat16Parameters()] if precision == "bf16-true" else [])
+    return [CheckpointIO(verified=verified), *environment] + (
+        [BFloat16Parameters()] if precision == "bf16-true" else []
+    )
 
 
 def _profiler(name: str | None, folder: Path) -> Any:

@@ -13,6 +13,8 @@ import torch
 from foreign_project import Foreign, Rows, fit
 
 from lightning_opt.callbacks import EMA
+from lightning_opt.callbacks import averages as weights_are_averaged
+from lightning_opt.checkpoints import bytes_needed
 from lightning_opt.plan import ConfigError
 
 DECAY = 0.8
@@ -88,6 +90,46 @@ class SaveAt(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if trainer.global_step == self.step:
             trainer.save_checkpoint(self.path)
+
+
+class SaveAround(pl.Callback):
+    """Saves before a validation and within it, as a run that is asked to stop there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_validation_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        trainer.save_checkpoint(self.folder / "before.ckpt")
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        trainer.save_checkpoint(self.folder / "within.ckpt")
+
+
+def test_within_a_validation_the_two_are_saved_as_what_they_are(tmp_path: Path) -> None:
+    steps = {"max_steps": 4, "val_check_interval": 4, "check_val_every_n_epoch": None}
+    fit(tmp_path, Recording(), [EMA(DECAY), SaveAround(tmp_path)], val_rows=Rows(8), **steps)
+    before, within = (torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("before", "within"))
+    assert not torch.equal(before["state_dict"]["table.0.weight"], before["current_model_state"]["table.0.weight"])
+    for part in ("state_dict", "current_model_state"):
+        assert list(before[part]) == list(within[part])
+        assert all(torch.equal(before[part][name], within[part][name]) for name in before[part])
+
+
+def test_the_disk_that_is_asked_for_holds_both(tmp_path: Path) -> None:
+    class Wide(Recording):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide = torch.nn.Parameter(torch.zeros(2**20))
+
+    module, callbacks = Wide(), [EMA(DECAY), SaveAround(tmp_path)]
+    fit(tmp_path, module, callbacks, val_rows=Rows(8), max_steps=1, val_check_interval=1, check_val_every_n_epoch=None)
+    saved, weights = (tmp_path / "within.ckpt").stat().st_size, 4 * sum(p.numel() for p in module.parameters())
+    states = 2 * (weights - 4 * 2**20)  # the wide one has no gradient
+    assert (
+        bytes_needed(weights, states, 0)
+        < saved
+        < bytes_needed((1 + weights_are_averaged(callbacks)) * weights, states, 0)
+    )
 
 
 def test_a_run_that_was_complete_has_the_average(tmp_path: Path) -> None:

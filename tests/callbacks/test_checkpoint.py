@@ -300,3 +300,24 @@ def test_a_full_disk_does_not_stop_training(tmp_path: Path, caplog: pytest.LogCa
 def test_numbers_that_make_no_sense(wrong: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match=f"checkpoint.{next(iter(wrong))}"):
         Checkpoint(**wrong)
+
+
+def test_a_stop_is_told_what_is_on_disk(tmp_path: Path) -> None:
+    """Not the step that could not be saved, but the one before; none where there is none."""
+
+    class Stop(pl.Callback):
+        told: ClassVar[list[int | None]] = []
+
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            (checkpoint,) = trainer.checkpoint_callbacks
+            place = tmp_path / "checkpoints"
+            if trainer.global_step in (1, 3):
+                place.rename(tmp_path / "away") if place.exists() else None
+                place.write_text("in the way")
+            self.told.append(checkpoint.save_now(trainer))
+            if trainer.global_step in (1, 3):
+                place.unlink()
+                (tmp_path / "away").rename(place) if trainer.global_step == 3 else None
+
+    train(tmp_path, every=0, also=[Stop()], max_steps=4)
+    assert Stop.told == [None, 2, 2, 4]

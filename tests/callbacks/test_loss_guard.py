@@ -210,10 +210,14 @@ def test_rewinding_is_asked_for_and_only_so_often(way: str, factor: float, said:
         fit(tmp_path, module, [guard], max_steps=30)
     assert (caught.value.step, caught.value.beyond, caught.value.count) == (20, None, 2)
     assert torch.equal(torch.cat([p.detach().flatten() for p in module.parameters()]), module.weights[19])
-    guard.rewinds = 2
-    with pytest.raises(Diverged, match="rewound 2 times before") as caught:
-        fit(tmp_path, Leaping(way, {20: factor}), [guard], max_steps=30)
-    assert not isinstance(caught.value, Rewind)
+    for most, ending in ((2, "; rewound 2 times before"), (1, "; rewound once before"), (0, "the step was not taken")):
+        guard = LossGuard("rewind", window=WINDOW, max_rewinds=most)
+        guard.rewinds = most
+        with pytest.raises(Diverged) as caught:
+            fit(tmp_path, Leaping(way, {20: factor}), [guard], max_steps=30)
+        assert not isinstance(caught.value, Rewind)
+        assert str(caught.value).endswith(ending)
+        assert caught.value.step == 20
 
 
 def test_on_a_device_nobody_waits_within_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,6 +233,33 @@ def test_on_a_device_nobody_waits_within_the_step(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(Later, "read", watched)
     fit(tmp_path, module, [LossGuard("skip")], max_steps=8, log_every_n_steps=100)
     assert read == [1, 2, 3, 4, 5, 6, 7, 8]  # each only when its step is over
+
+
+class TwoOptimizers(Foreign):
+    """Manual optimization: an optimizer each for the embedding and what is behind it."""
+
+    def __init__(self, nan_at: int = -1) -> None:
+        super().__init__()
+        self.automatic_optimization, self.nan_at = False, nan_at
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in self.table]
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        self.manual_backward(self.loss(batch) * (float("nan") if batch_idx == self.nan_at else 1.0))
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_beside_two_optimizers_spikes_are_refused_but_nan_is_not_let_in(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^loss_guard.on_spike = skip: must be None beside 2 optimizers"):
+        fit(tmp_path, TwoOptimizers(), [LossGuard("skip")])
+    fit(tmp_path, TwoOptimizers(), [LossGuard()], max_steps=6)
+    module = TwoOptimizers(nan_at=2)
+    with pytest.raises(Diverged, match=r"gradient norm nan at step 5 "):
+        fit(tmp_path, module, [LossGuard()], max_steps=8)
+    assert all(p.isfinite().all() for p in module.parameters())
 
 
 def test_beside_a_gradient_scaler_it_stands_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -249,6 +249,33 @@ def test_no_memory_is_a_failed_save(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert writer.saved == [2]
 
 
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="only Linux's root may take it back")
+def test_a_save_steps_back_behind_training_until_it_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    behind, mine = threading.Event(), os.getpriority(os.PRIO_PROCESS, 0)
+
+    def becomes(nice: int) -> bool:
+        until = time.monotonic() + 20
+        while (now := os.getpriority(os.PRIO_PROCESS, 0)) != nice and time.monotonic() < until:
+            time.sleep(0.001)
+        return now == nice
+
+    def write(*_: Any, step: int, **__: Any) -> None:
+        if step == 1:
+            assert becomes(min(19, mine + 10))
+            behind.set()
+        assert becomes(mine)
+
+    monkeypatch.setattr(store, "write", write)
+    writer = Store(tmp_path)
+    writer.save({"state_dict": {}}, step=1, meta={})
+    assert behind.wait(30)
+    writer.wait()
+    writer.save({"state_dict": {}}, step=2, meta={}, wait=True)
+    assert writer.saved == [1, 2]
+
+
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_an_event_that_cannot_be_recorded_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def full(*_: Any, **__: Any) -> None:

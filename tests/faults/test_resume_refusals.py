@@ -176,6 +176,7 @@ def test_a_named_checkpoint_that_is_damaged(run: Callable[..., int]) -> None:
     assert "step-000004 is damaged and passed over: state.pt" in only_run().log.read_text()
     assert [e["checkpoint"] for e in read_events(only_run().events) if e["kind"] == "checkpoint_bad"] == ["step-000004"]
     assert resumed(only_run()) == [(2, "first/checkpoints/step-000002")]
+    assert Path("first/checkpoints/step-000004").is_dir()  # another run's: not ours to set aside
 
 
 @pytest.mark.parametrize(
@@ -223,6 +224,8 @@ def test_a_disk_that_is_too_small(tmp_path: Path) -> None:
     need, free = 4 * (2**46 + 2**47 + 2**20) + 2**46, shutil.disk_usage(tmp_path).free
     assert f"needs {need:,} bytes for 3 checkpoints" in caught.value.expected
     assert f"{round(free, -9):,}"[:2] in caught.value.expected
+    with pytest.raises(ConfigError, match=f"{4 * (2**47 + 2**47 + 2**20) + 2**46:,} bytes for 3 checkpoints"):
+        check_space(RunFolder(tmp_path), model, Optimizer(), keep=3, averaged=True)
     check_space(RunFolder(tmp_path), torch.nn.Linear(2, 2), Optimizer.__new__(SmallOptimizer), keep=3)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import json
 import os
 import re
 import subprocess
@@ -9,6 +11,7 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote, quote_plus
 
 import pytest
 from driver import write_texts
@@ -124,7 +127,7 @@ def test_a_refusal_keeps_them_too(wrong: str, capsys: pytest.CaptureFixture[str]
 def test_what_is_guarded_is_masked_wherever_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_TOKEN", HUB)
     monkeypatch.setenv("SOME_AUTH_SOCK", "/tmp/agent.1234")
-    monkeypatch.setenv("SORT_KEY", "wherever")
+    monkeypatch.setenv("SORT_AUTH", "wherever")
     text = f"{BY_OVERRIDE}-x, {HUB}, {IN_A_MAP}; tell /tmp/agent.1234 wherever key=value"
     config = {"api_key": BY_OVERRIDE, "auth": [f"Bearer {IN_A_MAP}"], "password": "tell", "name": "value"}
     with secrets.guarding(config):
@@ -133,6 +136,37 @@ def test_what_is_guarded_is_masked_wherever_it_stands(monkeypatch: pytest.Monkey
             assert BY_OVERRIDE not in secrets.clean_text(text)
     assert secrets.mask(text) == text
     assert secrets.mask("hf_abcdefghijklmnopqrst") == "[redacted]"
+
+
+SURE = "correct-horse-battery"
+
+
+@pytest.mark.parametrize("name", ["DB_PASSWORD", "MY_SECRET", "HF_TOKEN", "OPENAI_API_KEY", "vaultKey"])
+@pytest.mark.parametrize("text", [SURE, "/bXl+c2VjcmV0/a2V5==", "it's \"quoted\" \\ & <straße> / more"])
+def test_a_variable_that_tells_by_its_name_is_guarded_in_every_form(
+    name: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, text)
+    forms = [text, repr(text)[1:-1], json.dumps({"a": text})[7:-2], quote(text, safe=""), quote(text), quote_plus(text)]
+    with secrets.guarding({}):
+        for form in [*forms, html.escape(text)]:
+            assert secrets.mask(f"it said {form}, no more") == "it said [redacted], no more"
+
+
+def test_paths_flags_and_short_words_are_no_secrets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    innocent = {"SSL_KEY": str(tmp_path), "SORT_KEY": "default", "ANY_TOKEN": "true", "NOT_UTF8_KEY": "\udcff" * 9}
+    for name, text in innocent.items():
+        monkeypatch.setenv(name, text)
+    text = f"{tmp_path} default true, {SURE}"
+    with secrets.guarding({}):
+        assert secrets.mask(text) == text
+
+
+@pytest.mark.parametrize("address", ["postgres://:pw@h/x", "https://TOKENTOKEN@h/x", "https://me:pw@h/x"])
+def test_an_address_is_shown_without_its_key(address: str) -> None:
+    assert secrets.mask(f"at {address}") == f"at {address.partition('://')[0]}://[redacted]@h/x"
+    for plain in ("ssh://git@github.com/x", "https://host:8080/x@y"):
+        assert secrets.mask(plain) == plain
 
 
 @pytest.mark.parametrize(("field", "value"), [("x.api_key", BY_OVERRIDE), ("x", {"password": BY_OVERRIDE})])

@@ -6,6 +6,8 @@ import math
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 
 from lightning_opt.job import signals as module
+from lightning_opt.job.logs import run_log
 from lightning_opt.job.outcomes import outcome_of
 from lightning_opt.job.requeue import requeue
 from lightning_opt.job.signals import STOP_SIGNALS, Signals, Terminated, terminable
@@ -45,6 +48,21 @@ def test_outside_training_a_signal_ends_at_once(number: signal.Signals) -> None:
     code = 130 if number == signal.SIGINT else 143
     assert (outcome.state, outcome.code, outcome.signal) == ("PREEMPTED", code, number.name)
     assert outcome.reason == ("interrupted at step 7" if code == 130 else f"stopped by {number.name} at step 7")
+
+
+def test_who_leaves_by_exit_has_failed_unless_it_was_ctrl_c() -> None:
+    """Lightning answers KeyboardInterrupt with SystemExit; a callback of the user's may leave by itself."""
+    with pytest.raises(SystemExit) as left:
+        sys.exit(0)
+    outcome = outcome_of(left.value, 7)
+    assert (outcome.state, outcome.code, outcome.reason) == ("FAILED", 1, "SystemExit: 0")
+    assert "sys.exit(0)" in outcome.traceback
+    with pytest.raises(SystemExit) as left:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            sys.exit(1)
+    assert (outcome_of(left.value, 7).state, outcome_of(left.value, 7).code) == ("PREEMPTED", 130)
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
@@ -166,3 +184,18 @@ def test_without_slurm_nobody_is_asked(slurm: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(multiprocessing, "parent_process", lambda: object())  # a job of a sweep, a rank
     assert requeue() is None
     assert not (slurm / "asked").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_under_log_and_output_changes_no_exit_code(capfd: pytest.CaptureFixture[str]) -> None:
+    with run_log(Path("/dev/full")) as log:
+        for number in range(2000):
+            log.info("line %d of a log that finds no room", number)
+    assert "Traceback" not in capfd.readouterr().err
+    code = "from lightning_opt.job import leave; print(1); leave(143)"
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, env=buffered, timeout=60
+        )
+    assert (ended.returncode, ended.stderr) == (143, b"")

@@ -89,7 +89,7 @@ def test_a_port_that_was_taken_costs_a_second_start(tmp_path: Path) -> None:
         ("raise", 1, "FAILED", ExitCode.FAILED, "rank 1: ValueError: a fault"),
         ("raise", 0, "FAILED", ExitCode.FAILED, "ValueError: a fault"),
         ("config", 0, "FAILED", ExitCode.CONFIGURATION, "trainer.devices = 2: must be 1"),
-        ("diverge", 1, "DIVERGED", ExitCode.DIVERGED, "rank 1: norm nan"),
+        ("diverge", 1, "DIVERGED", ExitCode.DIVERGED, "norm nan"),
         ("kill", 1, "FAILED", ExitCode.FAILED, "rank 1 was killed by SIGKILL"),
         ("vanish", 1, "FAILED", ExitCode.FAILED, "rank 1 ended with exit code 7"),
     ],

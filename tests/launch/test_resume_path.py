@@ -58,3 +58,22 @@ def test_the_same_command_takes_its_own_folder_and_no_other(jobs, start):
         manifest.unlink()
     assert main(command) == 0  # what it started from is not asked for again
     assert jobs[-1]["folder"] == first
+
+
+def test_a_run_left_in_the_middle_is_told_of_where_a_value_was_changed(jobs, capsys):
+    """Not one without a checkpoint, nor one behind which another has finished."""
+    assert main([OFF, "seed=501"]) == 1  # it fails, and leaves no checkpoint
+    capsys.readouterr()
+    assert main([OFF, "seed=501", "trainer.max_steps=9"]) == 1
+    assert capsys.readouterr().err == ""
+    left = jobs[-1]["folder"]
+    Store(left.checkpoints).save({"state_dict": {"w": torch.zeros(2)}}, step=7, meta={}, wait=True)
+    left = left.path.rename(left.path.with_name(f"20990101T000000Z-{left.path.name[-8:]}"))  # the newest for sure
+    assert main([OFF]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"unfinished at step 7: to go on from there add resume={left}" in line
+    assert main([OFF, "seed=3", "resume=never"]) == 0
+    status = left / "status.json"
+    status.write_text(status.read_text().replace("FAILED", "FINISHED"))
+    assert main([OFF, "seed=4"]) == 0
+    assert capsys.readouterr().err == ""

@@ -197,6 +197,7 @@ def build_run(folder: Path, **changes: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     paths = RunFolder(folder)
     paths.evaluation.mkdir(exist_ok=True)
+    paths.model.mkdir(exist_ok=True)
     paths.config.write_text(yaml.safe_dump(changes.get("config", config()), sort_keys=False))
     paths.overrides.write_text("\n".join(changes.get("overrides", ["optimizer=lion"])) + "\n")
     status = {"state": "FINISHED", "step": STEPS, "reason": None, "config_hash": "1a2b3c4d", "owner": {}}

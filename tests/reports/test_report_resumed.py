@@ -60,6 +60,8 @@ def test_the_printed_command_finds_the_very_folder(
     asked = {**config(), "resume": "never"}
     folder = make_run(tmp_path / place, rows=metric_rows()[:30], config=asked, overrides=["seed=3", "resume=never"])
     Status(folder / "status.json", "1a2b3c4d").set("PREEMPTED", "stopped by SIGTERM at step 30")
+    assert reports.next_commands(reports.read(folder))[0][0].startswith("Start this run over")
+    (folder / "checkpoints" / "step-000030").mkdir(parents=True)
     what, command = reports.next_commands(reports.read(folder))[0]
     assert what.startswith("Resume this run")
     python, script, *overrides = shlex.split(command)
@@ -70,3 +72,14 @@ def test_the_printed_command_finds_the_very_folder(
     found = adoptable(Path("runs"), "lion_nano", "1a2b3c4d", path=Path(named) if named else None)
     assert found is not None
     assert found.path.resolve() == folder
+
+
+def test_without_a_model_no_command_scores_it(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", rows=[])
+    Status(folder / "status.json", "1a2b3c4d").set("DIVERGED", "loss nan at step 1")
+    (folder / "model").rmdir()
+    said = [what for what, _ in reports.next_commands(reports.read(folder))]
+    assert said[0] == "Train again, with half the rate"
+    assert not any("Score" in what for what in said)
+    (folder / "model").mkdir()
+    assert any("Score" in what for what, _ in reports.next_commands(reports.read(folder)))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -64,13 +66,67 @@ def test_a_number_used_again_is_another_process(tmp_path: Path) -> None:
     assert claim(tmp_path, "run", HASH)[1] is True
 
 
-@pytest.mark.parametrize(("age", "adopted"), [(30, False), (600, True)])
-def test_on_another_host_the_heartbeat_decides(tmp_path: Path, age: float, adopted: bool) -> None:
-    first, _ = claim(tmp_path, "run", HASH)
-    status = read_status(first.status)
+def owned_elsewhere(folder: Path, age: float) -> None:
+    status = read_status(folder / "status.json")
     status["owner"] |= {"host": "elsewhere", "heartbeat": time.time() - age}
-    first.status.write_text(json.dumps(status))
-    assert claim(tmp_path, "run", HASH)[1] is adopted
+    (folder / "status.json").write_text(json.dumps(status))
+
+
+class Sleeps:
+    """Stands in for `time`: sleeping takes no time, and somebody may do something meanwhile."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: float = 0, act: Callable[[], None] = lambda: None) -> None:
+        self.slept, self._at, self._act, self.time = 0.0, at, act, time.time
+        monkeypatch.setattr(importlib.import_module("lightning_opt.run_folder.folder"), "time", self)
+
+    def monotonic(self) -> float:
+        return self.slept
+
+    def sleep(self, seconds: float) -> None:
+        self.slept += seconds
+        if self.slept == self._at:
+            self._act()
+
+
+# the age of a heartbeat, and how long we look at it; a negative age is a clock ahead of ours
+@pytest.mark.parametrize(("age", "looks"), [(600, 0), (30, 90), (1, 119), (-3600, 120)])
+def test_a_run_whose_host_broke_down_is_taken_up_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, age: float, looks: float
+) -> None:
+    first, _ = claim(tmp_path, "run", HASH)
+    owned_elsewhere(first.path, age)
+    sleeps = Sleeps(monkeypatch)
+    again, adopted = claim(tmp_path, "run", HASH)
+    assert adopted
+    assert again.path == first.path
+    assert sleeps.slept == pytest.approx(looks, abs=1)
+    assert len(caplog.messages) == (2 if looks else 0)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_run_that_beats_on_another_host_keeps_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool
+) -> None:
+    first, _ = claim(tmp_path, "run", HASH)
+    owned_elsewhere(first.path, 5)
+    sleeps = Sleeps(monkeypatch, at=7, act=lambda: owned_elsewhere(first.path, 0))
+    if named:
+        with pytest.raises(FolderRefused, match="in progress"):
+            claim(tmp_path, "run", HASH, path=first.path)
+    else:
+        again, adopted = claim(tmp_path, "run", HASH)
+        assert not adopted
+        assert again.path != first.path
+    assert sleeps.slept == 7
+
+
+def test_who_took_it_up_before_us_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two commands look at the same dead owner: the one that is later finds another's name, of this host."""
+    first, _ = claim(tmp_path, "run", HASH)
+    own = first.status.read_text()
+    owned_elsewhere(first.path, 5)
+    Sleeps(monkeypatch, at=100, act=lambda: first.status.write_text(own))
+    assert claim(tmp_path, "run", HASH)[0].path != first.path
 
 
 def claimer(root: Path, seconds: float) -> list[str]:

@@ -17,10 +17,13 @@ import pytest
 
 from lightning_opt.run_folder import (
     RunFolder,
+    Status,
     append_event,
     read_events,
     read_json,
     read_metrics,
+    read_status,
+    records,
     summarize,
     write_json,
 )
@@ -137,3 +140,41 @@ def test_the_summary_tells_what_the_run_survived(tmp_path: Path) -> None:
     assert told == {"resumed_from": [300, 360], "failed_saves": 1, "skipped_steps": 2, "rewinds": 1}
     append_event(folder.events, "restarted")  # from the first step, for want of a good checkpoint
     assert summarize(folder)["skipped_steps"] == 0
+
+
+def test_what_finds_the_disk_full_is_written_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events in their order, once each; the status at once, in the old file's place."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    events, status = tmp_path / "events.jsonl", Status(tmp_path / "status.json", "1a2b3c4d")
+    append_event(events, "first")
+    status.set("RUNNING", "a reason that is longer than the next, so that something of it could be left")
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "append_text", full)
+        patch.setattr(Path, "write_text", full)
+        append_event(events, "checkpoint_failed", step=3)
+        append_event(events, "checkpoint_failed", step=6)
+        status.set("PREEMPTED", "stopped")
+        assert [event["kind"] for event in read_events(events)] == ["first"]
+        assert (read_status(status.path)["state"], read_status(status.path)["reason"]) == ("PREEMPTED", "stopped")
+        with pytest.raises(OSError, match="No space"):
+            Status(tmp_path / "none.json", "1a2b3c4d").write()
+    status.write()
+    append_event(events, "last")
+    assert [event.get("step") for event in read_events(events)] == [None, 3, 6, None]
+
+
+def test_an_append_leaves_all_or_nothing(tmp_path: Path) -> None:
+    """The kernel's own refusal, in the middle of a line: a file that may not grow beyond 100 bytes."""
+    code = (
+        "import resource, signal, sys; from pathlib import Path; from lightning_opt.run_folder import append_text\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+        "try: append_text(Path(sys.argv[1]), 'b' * 80 + chr(10))\n"
+        "except OSError: sys.exit(7)"
+    )
+    path = tmp_path / "table"
+    path.write_text("a" * 50 + "\n")
+    assert subprocess.run([sys.executable, "-c", code, str(path)], timeout=60).returncode == 7
+    assert path.read_text() == "a" * 50 + "\n"

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lightning_opt import models, optim, training
-from lightning_opt.callbacks import LossGuard
+from lightning_opt.callbacks import Export, LossGuard
 from lightning_opt.optim import schedules
 from lightning_opt.plan import RunPlan
 from lightning_opt.run_folder import Diverged, RunFolder, read_metrics
@@ -80,6 +80,7 @@ def run(
     resume: Path | None = None,
     asked: Any = lambda: None,
     other_optimizer: bool = False,
+    status: Any = None,
     **trainer: Any,
 ) -> training.PretrainModule:
     training.prepare(seed, None)
@@ -114,7 +115,7 @@ def run(
         val_sequences=val_sequences,
         num_workers=workers,
     )
-    status = SimpleNamespace(step=0)
+    status = status or SimpleNamespace(step=0)
     result = training.fit(
         module,
         data,
@@ -275,6 +276,51 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(tmp_path: Path) -
     for before, after in zip(poison.before, modules[0].parameters(), strict=True):
         assert torch.equal(before, after)
     assert read_metrics(tmp_path / "metrics.csv")["step"] == [1, 2, 3]
+
+
+def test_a_step_that_the_device_masked_is_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for masks in (False, True):
+        monkeypatch.setattr(LossGuard, "_masks", staticmethod(lambda device, masks=masks: masks))
+        status = SimpleNamespace(step=0)
+        with pytest.raises(Diverged, match="at step 4 "):
+            run(tmp_path / str(masks), callbacks=[LossGuard(), Poison(3)], status=status, log_every_n_steps=100)
+        assert status.step == 3
+
+
+class SpoiltByTheUpdate(pl.Callback):
+    """A weight that the last update made infinite: loss and gradients were good."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        if trainer.global_step == trainer.max_steps:
+            list(module.parameters())[-1].data.view(-1)[-1] = float("inf")
+
+
+@pytest.mark.parametrize("spoils", [lambda: Poison(2), SpoiltByTheUpdate])
+def test_weights_that_are_not_finite_are_no_finished_run(tmp_path: Path, spoils: Any) -> None:
+    """Without a guard, and with one behind the last step that it could see."""
+    guard = [] if spoils is not SpoiltByTheUpdate else [LossGuard()]
+    status = SimpleNamespace(step=0)
+    with pytest.raises(Diverged, match=r"^the weights are not finite at the end, after step 8$"):
+        run(tmp_path, callbacks=[*guard, spoils(), Export(tmp_path / "model")], status=status)
+    assert status.step == 8
+    assert not (tmp_path / "model").exists()
+    losses = read_metrics(tmp_path / "metrics.csv")
+    assert np.isnan(losses["val/loss"][-1])
+    assert np.isnan(losses["val/bits_per_byte"][-1])
+
+
+def test_one_validation_batch_that_is_not_a_number_shows(tmp_path: Path) -> None:
+    """A mean over the others would look like a good one."""
+
+    class Spoilt(pl.Callback):
+        def on_validation_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, index: int, which: int) -> None:
+            module.model.get_output_embeddings().weight.data.mul_(1.0 if (index, which) != (1, 1) else torch.nan)
+
+    with pytest.raises(Diverged):
+        run(tmp_path, callbacks=[Spoilt()], plan=replace(PLAN, max_steps=2))
+    columns = {name: values[-1] for name, values in read_metrics(tmp_path / "metrics.csv").items()}
+    assert np.isfinite(columns["val/loss/a"])
+    assert np.isnan([columns[f"val/{name}"] for name in ("loss/b", "loss", "perplexity", "bits_per_byte")]).all()
 
 
 def test_overfitting_one_batch(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,69 @@ def test_a_new_run_in_an_adopted_folder_starts_an_empty_table(tmp_path: Path) ->
     logger.close()
     make(path, step, clock)
     assert read_metrics(path)["step"] == []
+
+
+class FullDisk:
+    """Lets half of what is written arrive, and then nothing, while it is `full`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.full = False
+        real = io.FileIO.write
+
+        disk = self
+
+        class File(io.FileIO):
+            def write(self, content: bytes) -> int:
+                if disk.full and len(content) < 8:
+                    raise OSError(28, "No space left on device")
+                return real(self, content[: len(content) // 2] if disk.full else content)
+
+        opens = Path.open
+
+        def opened(path: Path, mode: str = "r", buffering: int = -1, **more: object) -> object:
+            return File(path, mode) if buffering == 0 else opens(path, mode, buffering, **more)
+
+        monkeypatch.setattr(Path, "open", opened)
+
+
+def test_rows_wait_while_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing is torn, one warning; a checkpoint saved meanwhile holds them."""
+    path, step, clock, disk = tmp_path / "metrics.csv", [1], Clock(), FullDisk(monkeypatch)
+    logger = make(path, step, clock)
+    for step[0] in (1, 2, 3, 4, 5, 6):
+        disk.full = step[0] in (3, 4, 5)  # when the rows before are written: 2, 3 and 4
+        logger.log_metrics({"train/loss": float(step[0])})
+        if step[0] == 4:
+            saved = logger.state_dict()
+            assert read_metrics(path)["step"] == [1]
+            assert path.read_text().endswith("\n")
+    logger.close()
+    assert read_metrics(path)["step"] == [1, 2, 3, 4, 5, 6]
+    assert read_metrics(path)["train/loss"] == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
+        "metrics.csv cannot be written (No space left on device)"
+    ]
+    step[0] = 4
+    for whole in (path.read_text(), "".join(path.read_text().splitlines(keepends=True)[:2])):  # written later, or lost
+        path.write_text(whole)
+        resumed = make(path, step, clock, start_step=None)
+        resumed.load_state_dict(saved, 4)
+        resumed.close()
+        assert read_metrics(path)["step"] == [1, 2, 3, 4]
+
+
+def test_a_new_column_waits_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, step = tmp_path / "metrics.csv", [1]
+    logger = make(path, step, Clock())
+    logger.log_metrics({"train/loss": 1.0, "their/own": 7.0})
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Path, "write_text", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        )
+        step[0] = 2
+        logger.log_metrics({"train/loss": 2.0})
+    logger.close()
+    assert read_metrics(path)["their/own"] == [7.0, None]
+    assert read_metrics(path)["train/loss"] == [1.0, 2.0]
