@@ -290,7 +290,9 @@ def _end(folder: SweepFolder, status: Status, code: int, asked: Sequence[str], s
     left = [job for job in jobs if not job.is_done]
     status.step = len(jobs) - len(left)
     if code in task.STOPS:
-        status.set("PREEMPTED", "interrupted" if code == ExitCode.INTERRUPTED else f"stopped by {signals.asked or 'SIGTERM'}")
+        status.set(
+            "PREEMPTED", "interrupted" if code == ExitCode.INTERRUPTED else f"stopped by {signals.asked or 'SIGTERM'}"
+        )
     else:
         states = {job.state for job in jobs if job.config_hash in asked}
         failed = code not in (ExitCode.FINISHED, ExitCode.DIVERGED) or not states <= set(FINISHED_STATES)

@@ -62,7 +62,7 @@ def guarding(config: Any) -> Iterator[None]:
 
 def _tells(name: str, text: str) -> bool:
     """Whether an environment variable of a secret's name holds one: a path or a plain word (SSH_AUTH_SOCK) is none."""
-    if _words(name)[-1:] and _words(name)[-1] in _SURELY and len(text) >= _PART:
+    if _SURELY.intersection(_words(name)[-1:]) and len(text) >= _PART:
         return not text.isdecimal() and not os.path.exists(text)
     return bool(re.search(r"^[^/].*\d", text, re.DOTALL))
 

@@ -142,7 +142,7 @@ SURE = "correct-horse-battery"
 
 
 @pytest.mark.parametrize("name", ["DB_PASSWORD", "MY_SECRET", "HF_TOKEN", "OPENAI_API_KEY", "vaultKey"])
-@pytest.mark.parametrize("text", [SURE, "/bXl+c2VjcmV0/a2V5==", "it's \"quoted\" \\ & <straße> / more"])
+@pytest.mark.parametrize("text", [SURE, "/bXl+c2VjcmV0/a2V5==", 'it\'s "quoted" \\ & <straße> / more'])
 def test_a_variable_that_tells_by_its_name_is_guarded_in_every_form(
     name: str, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

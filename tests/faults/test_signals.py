@@ -21,12 +21,12 @@ import psutil
 import pytest
 import signaller
 
-from lightning_opt import checkpoints
+from lightning_opt import checkpoints, reports
 from lightning_opt.checkpoints import store
-from lightning_opt.job import signals
+from lightning_opt.job import signals, stages
 from lightning_opt.job.signals import STOP_SIGNALS
-from lightning_opt.launch import main
-from lightning_opt.run_folder import RunFolder, SweepFolder, read_events, read_json, read_status
+from lightning_opt.launch import main, preflight, sweep, task
+from lightning_opt.run_folder import ExitCode, RunFolder, Status, SweepFolder, read_events, read_json, read_status
 
 TINY = (
     "debug=smoke",
@@ -142,6 +142,66 @@ def test_sigusr1_within_a_validation(runs: Runs, tmp_path: Path, monkeypatch: py
     assert '"PREEMPTED"' in told  # Slurm may end us at once, so by then all is said
     monkeypatch.delenv("SLURM_JOB_ID")
     goes_on(runs, "usr1", 5)
+
+
+@pytest.mark.fault(11, "Slurm ends a requeued run by SIGTERM, and a finished run is told: its record stays as it was")
+def test_signals_after_the_end(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "scontrol"
+    script.write_text("#!/bin/sh\nkill -TERM $PPID\nsleep 0.2\nkill -TERM $$\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("SLURM_JOB_ID", "41")
+    monkeypatch.setattr(signals, "ECHO_S", 0.0)
+    assert runs("late", "batch:11:SIGUSR1") == 143
+    folder = runs.folder("late")
+    stopped(folder, 11, "stopped by SIGUSR1 at step 11")
+    assert [event["kind"] for event in read_events(folder.events)][-2:] == ["preempted", "requeued"]
+
+    drawn, last = reports.write, stages._report
+
+    def write(path: Path) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        drawn(path)
+
+    def report(*given: Any) -> None:
+        last(*given)
+        for number in STOP_SIGNALS:
+            signal.raise_signal(number)
+
+    folder.report_html.unlink()
+    monkeypatch.setattr(reports, "write", write)
+    monkeypatch.setattr(stages, "_report", report)
+    assert runs("late") == 0
+    assert read_status(folder.status)["state"] == "FINISHED"
+    assert folder.report_html.exists()
+
+
+@pytest.mark.fault(12, "a signal while the command is still read: one line, 130 or 143")
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_signals_before_the_run(number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(preflight, "check_command", lambda *_, **__: signal.raise_signal(number))
+    assert main(["optimizer=lion"]) == (130 if number == signal.SIGINT else 143)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("interrupted" if number == signal.SIGINT else f"stopped by {number.name}")
+
+
+def test_a_recorded_end_is_never_replaced(tmp_path: Path, capsys: Any) -> None:
+    for state, reason in (("FINISHED", None), ("RUNNING", "stopped by SIGTERM at step 7")):
+        folder = RunFolder(tmp_path / state)
+        folder.path.mkdir()
+        status = Status(folder.status, "hash")
+        status.step = 7
+        status.set(state)
+        assert task._ended(folder, {}, ExitCode.PREEMPTED, "stopped by SIGTERM") == 143
+        assert read_status(folder.status)["reason"] == reason
+
+
+def test_a_sweep_names_the_signal(tmp_path: Path, capsys: Any) -> None:
+    folder, asked = SweepFolder(tmp_path), signals.Signals()
+    asked.asked = "SIGUSR1"
+    folder.write("train.py -m", [], [])
+    assert sweep._end(folder, Status(folder.status, "hash"), ExitCode.PREEMPTED, [], asked) == 143
+    assert read_status(folder.status)["reason"] == "stopped by SIGUSR1"
 
 
 @pytest.mark.fault(11, "a second signal while saving: it stops at once, and what is on disk is good")

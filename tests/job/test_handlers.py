@@ -21,6 +21,7 @@ from lightning_opt.job.logs import run_log
 from lightning_opt.job.outcomes import outcome_of
 from lightning_opt.job.requeue import requeue
 from lightning_opt.job.signals import STOP_SIGNALS, Signals, Terminated, terminable
+from lightning_opt.plan import Place
 
 
 @pytest.fixture(autouse=True)
@@ -52,16 +53,20 @@ def test_outside_training_a_signal_ends_at_once(number: signal.Signals) -> None:
 
 def test_who_leaves_by_exit_has_failed_unless_it_was_ctrl_c() -> None:
     """Lightning answers KeyboardInterrupt with SystemExit; a callback of the user's may leave by itself."""
+
+    def as_lightning() -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            sys.exit(1)
+
     with pytest.raises(SystemExit) as left:
         sys.exit(0)
     outcome = outcome_of(left.value, 7)
     assert (outcome.state, outcome.code, outcome.reason) == ("FAILED", 1, "SystemExit: 0")
     assert "sys.exit(0)" in outcome.traceback
     with pytest.raises(SystemExit) as left:
-        try:
-            raise KeyboardInterrupt
-        except KeyboardInterrupt:
-            sys.exit(1)
+        as_lightning()
     assert (outcome_of(left.value, 7).state, outcome_of(left.value, 7).code) == ("PREEMPTED", 130)
 
 
@@ -95,6 +100,44 @@ def test_a_second_one_ends_training_at_once_but_an_echo_does_not(second: int, mo
         monkeypatch.setattr(module, "ECHO_S", 0.0)
         with pytest.raises(Terminated):
             send(second)
+
+
+def test_ctrl_c_has_a_short_echo_where_no_launcher_sends_it_too(monkeypatch: Any, capfd: Any) -> None:
+    now = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    for launched, number, soon, late in (
+        (False, signal.SIGINT, 0.05, 0.2),
+        (False, signal.SIGTERM, 0.9, 1.1),
+        (True, signal.SIGINT, 0.9, 1.1),
+    ):
+        monkeypatch.setattr(module, "place", lambda launched=launched: Place(launcher="torchrun" if launched else None))
+        with terminable() as signals, suppress(Terminated), signals.deferred():
+            send(number)
+            now[0] += soon
+            send(number)
+            now[0] += late
+            with pytest.raises(Terminated):
+                send(number)
+    said = capfd.readouterr().err.strip().splitlines()[::2]
+    assert said[0] == "SIGINT: stopping after this step; once more stops at once"
+    assert said[1] == "SIGTERM: stopping after this step; once more, after 1 s, stops at once"
+
+
+def test_once_it_is_over_only_a_second_one_cuts_the_last_words_short(monkeypatch: Any, capfd: Any) -> None:
+    monkeypatch.setattr(module, "ECHO_S", 0.0)
+    with terminable() as signals:
+        signals.over = True
+        with signals.finishing("the report is still written"):
+            send(signal.SIGTERM)
+            assert "the report is still written" in capfd.readouterr().err
+            with pytest.raises(Terminated):
+                send(signal.SIGINT)
+        for number in STOP_SIGNALS:
+            send(number)
+        with pytest.raises(Terminated):
+            signals.begin()  # another job of this process
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
 
 
 def test_where_another_process_answers_only_the_first_counts(monkeypatch: Any, capfd: Any) -> None:

@@ -102,9 +102,10 @@ def test_the_first_fault_is_the_runs(tmp_path: Path, fault: str, rank: int, stat
 
 def test_what_ended_first_is_the_cause(tmp_path: Path) -> None:
     Outcome("FAILED", "Connection closed by peer", 1, time=2.0).leave(RunFolder(tmp_path), 0)
+    Outcome("FAILED", "KeyError: 'lr'", 1, time=1.5).leave(RunFolder(tmp_path), 2)
     Outcome("DIVERGED", "norm nan", 3, time=1.0).leave(RunFolder(tmp_path), 3)
     notes = left_notes(RunFolder(tmp_path))
-    assert notes[3].reason == "rank 3: norm nan"
+    assert (notes[2].reason, notes[3].reason) == ("rank 2: KeyError: 'lr'", "norm nan")  # no rank diverges alone
     assert min(notes.values(), key=lambda note: note.time).state == "DIVERGED"
     assert left_notes(RunFolder(tmp_path)) == {}
 

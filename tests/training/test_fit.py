@@ -313,7 +313,9 @@ def test_one_validation_batch_that_is_not_a_number_shows(tmp_path: Path) -> None
     """A mean over the others would look like a good one."""
 
     class Spoilt(pl.Callback):
-        def on_validation_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, index: int, which: int) -> None:
+        def on_validation_batch_start(
+            self, trainer: pl.Trainer, module: Any, batch: Any, index: int, which: int
+        ) -> None:
             module.model.get_output_embeddings().weight.data.mul_(1.0 if (index, which) != (1, 1) else torch.nan)
 
     with pytest.raises(Diverged):
