@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from lightning_opt.job.signals import Terminated, terminable
 from lightning_opt.launch.compose import CONF, CONFIG_NAME, Composer
-from lightning_opt.launch.refusing import refuse
+from lightning_opt.launch.refusing import give_up, refuse
 from lightning_opt.plan import ConfigError, place
 from lightning_opt.plan.secrets import guarding
 from lightning_opt.run_folder import ExitCode
@@ -36,12 +36,8 @@ def main(argv: Sequence[str], conf: Path = CONF) -> int:
     try:
         with terminable(), guarding(dict(word.partition("=")[::2] for word in argv)):
             return _main(argv, conf)
-    except KeyboardInterrupt:
-        code, said = ExitCode.INTERRUPTED, "interrupted before anything was started"
-    except Terminated as stop:
-        code, said = ExitCode.PREEMPTED, f"stopped by {stop.name} before anything was started"
-    print(said, file=sys.stderr, flush=True)
-    return int(code)
+    except (KeyboardInterrupt, Terminated) as stop:
+        return give_up(stop)
 
 
 def _main(argv: Sequence[str], conf: Path) -> int:

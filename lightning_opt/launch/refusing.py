@@ -1,10 +1,11 @@
-"""How a wrong command is refused where several processes, on several machines, were started with it."""
+"""What is said of a command that comes to nothing: wrong, once for many processes, or stopped too soon."""
 
 from __future__ import annotations
 
 import socket
 import sys
 
+from lightning_opt.job.signals import Terminated
 from lightning_opt.plan import ConfigError, place
 from lightning_opt.run_folder import ExitCode
 
@@ -19,3 +20,14 @@ def refuse(error: ConfigError) -> ExitCode:
     if here.local_rank == 0:
         print(error if here.first else f"{socket.gethostname()}: {error}", file=sys.stderr)
     return ExitCode.CONFIGURATION
+
+
+def give_up(stop: KeyboardInterrupt | Terminated) -> ExitCode:
+    """Says that a signal came before there was anything that could record it.
+
+    Returns:
+        The exit code.
+    """
+    said = f"stopped by {stop.name}" if isinstance(stop, Terminated) else "interrupted"
+    print(f"{said} before anything was started", file=sys.stderr, flush=True)
+    return ExitCode.PREEMPTED if isinstance(stop, Terminated) else ExitCode.INTERRUPTED

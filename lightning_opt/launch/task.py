@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_opt.checkpoints import find
 from lightning_opt.job.signals import Terminated, terminable
 from lightning_opt.launch.preflight import check_job, check_start
-from lightning_opt.launch.refusing import refuse
+from lightning_opt.launch.refusing import give_up, refuse
 from lightning_opt.launch.resolve import redact, saved_text
 from lightning_opt.plan import ConfigError, place, secrets, tuned
 from lightning_opt.run_folder import (
@@ -98,10 +98,8 @@ def _guarded(cfg: DictConfig) -> int:
             folder = _claim(cfg, config)
         except ConfigError as error:
             return refuse(error)
-        except KeyboardInterrupt:
-            return ExitCode.INTERRUPTED
-        except Terminated:
-            return ExitCode.PREEMPTED
+        except (KeyboardInterrupt, Terminated) as stop:
+            return give_up(stop)
         try:
             return _run(cfg, config, folder)
         except ConfigError as error:

@@ -145,7 +145,7 @@ def test_sigusr1_within_a_validation(runs: Runs, tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.fault(11, "Slurm ends a requeued run by SIGTERM, and a finished run is told: its record stays as it was")
-def test_signals_after_the_end(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signals_after_the_end(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     script = tmp_path / "scontrol"
     script.write_text("#!/bin/sh\nkill -TERM $PPID\nsleep 0.2\nkill -TERM $$\n")
     script.chmod(0o755)
@@ -161,7 +161,9 @@ def test_signals_after_the_end(runs: Runs, tmp_path: Path, monkeypatch: pytest.M
 
     def write(path: Path) -> None:
         signal.raise_signal(signal.SIGTERM)
+        assert "SIGTERM: the report is still written" in capfd.readouterr().err
         drawn(path)
+        signal.raise_signal(signal.SIGTERM)
 
     def report(*given: Any) -> None:
         last(*given)
@@ -174,6 +176,7 @@ def test_signals_after_the_end(runs: Runs, tmp_path: Path, monkeypatch: pytest.M
     assert runs("late") == 0
     assert read_status(folder.status)["state"] == "FINISHED"
     assert folder.report_html.exists()
+    assert "asked to stop once more" in folder.log.read_text()
 
 
 @pytest.mark.fault(12, "a signal while the command is still read: one line, 130 or 143")
