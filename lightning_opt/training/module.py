@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, SumMetric
+from torchmetrics import SumMetric
 
 from lightning_opt.models import IGNORE, causal_lm_loss
 from lightning_opt.optim import Optimizer
@@ -54,10 +54,10 @@ class PretrainModule(pl.LightningModule):
         self._schedule = schedule
         self._micro_losses: list[Tensor] = []
         self._sharded: Sharded | None = None
-        shown = {"nan_strategy": "disable"}  # else a loss that is not a number would be left out of the mean
-        self._val_loss = nn.ModuleList(MeanMetric(**shown) for _ in self.corpora)
-        self._val_bytes = nn.ModuleList(SumMetric(**shown) for _ in self.corpora)
-        self._val_nats = nn.ModuleList(SumMetric(**shown) for _ in self.corpora)
+        # Sums only: a loss that is not a number must show, and torchmetrics' MeanMetric then forgets its weights.
+        self._val_nats, self._val_tokens, self._val_bytes = (
+            nn.ModuleList(SumMetric(nan_strategy="disable") for _ in self.corpora) for _ in range(3)
+        )
         self.register_buffer("token_bytes", torch.as_tensor(token_bytes, dtype=torch.int32), persistent=False)
 
     def configure_model(self) -> None:
@@ -112,24 +112,21 @@ class PretrainModule(pl.LightningModule):
         counted = labels != IGNORE
         tokens = counted.sum()
         nll = causal_lm_loss(self.model, batch["input_ids"], labels).nll
-        self._val_loss[dataloader_idx].update(nll, weight=tokens)
         self._val_nats[dataloader_idx].update(nll * tokens)
+        self._val_tokens[dataloader_idx].update(tokens)
         self._val_bytes[dataloader_idx].update(self.token_bytes[labels.clamp(min=0)].mul(counted).sum())
 
     def on_validation_epoch_end(self) -> None:
         """Logs each corpus's loss and the mixture's."""
-        losses = [metric.compute() for metric in self._val_loss]
-        weights = torch.tensor(list(self.corpora.values()), device=losses[0].device)
+        sums = (self._val_nats, self._val_tokens, self._val_bytes)
+        nats, tokens, size = (torch.stack([metric.compute() for metric in metrics]) for metrics in sums)
+        losses, bits = nats / tokens, nats / math.log(2) / size
+        weights = torch.tensor(list(self.corpora.values()), device=losses.device)
         weights = weights / weights.sum()
-        mixture = (torch.stack(losses) * weights).sum()
-        bits = torch.stack(
-            [
-                nats.compute() / math.log(2) / size.compute()
-                for nats, size in zip(self._val_nats, self._val_bytes, strict=True)
-            ]
-        )
+        mixture = (losses * weights).sum()
         values = {f"val/loss/{name}": loss for name, loss in zip(self.corpora, losses, strict=True)}
         values |= {"val/loss": mixture, "val/perplexity": mixture.exp(), "val/bits_per_byte": (bits * weights).sum()}
         self.log_dict(values, sync_dist=False)  # the metrics have already met across ranks
-        for metric in (*self._val_loss, *self._val_nats, *self._val_bytes):
-            metric.reset()
+        for metrics in sums:
+            for metric in metrics:
+                metric.reset()
