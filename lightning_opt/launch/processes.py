@@ -25,6 +25,7 @@ from lightning_opt.job.signals import STOP_SIGNALS
 from lightning_opt.run_folder import ExitCode
 
 _CONTEXT = multiprocessing.get_context("forkserver")
+START_S = 10.0  # for a job that had only just started to say that it was stopped
 _STOPS = (ExitCode.INTERRUPTED, ExitCode.PREEMPTED)
 # The server must stay single-threaded and clear of CUDA, or what it forks cannot use either.
 _SERVER_ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
@@ -274,6 +275,8 @@ class Pool:
                 job.process.kill()
                 self._end(job)
             for process in multiprocessing.active_children():  # interrupted while it started
+                process.terminate()
+                process.join(START_S)
                 process.kill()
 
 
