@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from typing import Any
@@ -82,6 +82,7 @@ def start_server(preload: Sequence[str]) -> None:
         preload: modules to import; one that is not installed is left out.
     """
     _CONTEXT.set_forkserver_preload(list(preload))
+    resource_tracker.ensure_running()  # before: it lets signals through again when it starts
     # Inherited: what ends a whole group must not end it.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:

@@ -1,6 +1,7 @@
 """The pool's parts on their own."""
 
 import os
+import subprocess
 import sys
 
 import pytest
@@ -55,3 +56,32 @@ def test_the_server_imports_everything_but_starts_no_thread_and_no_cuda(tmp_path
         [sys.executable, "ask.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
     )
     assert done.stdout == "server 1 True False None\n{0: 0} []\n", done.stderr
+
+
+# What ends a whole group, as `timeout` and Slurm do, must not end the server: the jobs' exit codes would go with it.
+_MASK = """
+from multiprocessing import forkserver
+from pathlib import Path
+from lightning_opt.job.signals import STOP_SIGNALS
+from lightning_opt.launch import processes
+
+if __name__ == "__main__":
+    processes.start_server([])
+    lines = Path(f"/proc/{forkserver._forkserver._forkserver_pid}/status").read_text().splitlines()
+    mask = int(next(line.split()[1] for line in lines if line.startswith("SigBlk")), 16)
+    print([number.name for number in STOP_SIGNALS if not mask >> (number - 1) & 1])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_the_server_is_born_deaf_to_what_ends_a_group(tmp_path, repository):
+    (tmp_path / "mask.py").write_text(_MASK)
+    done = subprocess.run(
+        [sys.executable, "mask.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(repository)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout == "[]\n", done.stderr
