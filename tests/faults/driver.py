@@ -43,6 +43,9 @@ _TELLS |= {"report.html", "report.md", "MODEL_CARD.md"}
 """Files that may tell of restarts and of time; a run that nobody disturbed may have had no event."""
 _LEFT_OVER = re.compile(r"\.part\b|\.tmp\b|\.rank|^\.(?!claim$)")
 
+SMALLEST = ("debug=smoke", "data=files", "model.vocab_size=300", "model.context_length=32", "evaluation=none")
+"""A run of a second on texts of its own, for tests within one process."""
+
 
 @dataclass
 class Victim:

@@ -22,11 +22,7 @@ from lightning_opt.run_folder import RunFolder, read_events, read_json, read_met
 FORK = multiprocessing.get_context("fork")  # a file system of its own, without another import of torch
 STEPS, FULL = 60, 10
 TINY = (
-    "debug=smoke",
-    "data=files",
-    "model.vocab_size=300",
-    "model.context_length=32",
-    "evaluation=none",
+    *driver.SMALLEST,
     "logger=none",
     "trainer.num_threads=1",
     f"trainer.max_steps={STEPS}",

@@ -24,11 +24,7 @@ from lightning_opt.plan import ConfigError
 from lightning_opt.run_folder import RunFolder, read_events, read_json, read_metrics, read_status
 
 TINY = (
-    "debug=smoke",
-    "data=files",
-    "model.vocab_size=300",
-    "model.context_length=32",
-    "evaluation=none",
+    *driver.SMALLEST,
     "name=tiny",
     "trainer.num_threads=1",
     "trainer.max_steps=4",

@@ -29,11 +29,7 @@ from lightning_opt.launch import main, preflight, sweep, task
 from lightning_opt.run_folder import ExitCode, RunFolder, Status, SweepFolder, read_events, read_json, read_status
 
 TINY = (
-    "debug=smoke",
-    "data=files",
-    "model.vocab_size=300",
-    "model.context_length=32",
-    "evaluation=none",
+    *driver.SMALLEST,
     "name=signalled",
     "trainer.num_threads=1",
     "trainer.max_steps=12",
