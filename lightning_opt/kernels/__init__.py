@@ -10,7 +10,7 @@ from lightning_opt._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        "rule": ["Bucket", "Rule", "apply"],
+        "rule": ["Bucket", "Measure", "Rule", "Step", "Variant", "apply", "wide"],
         "choice": ["Choice", "choose", "possible", "run"],
         "device": ["can_compile", "cpp_compiler"],
         "many": ["Many"],

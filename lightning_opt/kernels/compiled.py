@@ -9,20 +9,22 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_opt.kernels import cpp, foreach, native
 from lightning_opt.kernels.device import can_compile
-from lightning_opt.kernels.rule import Bucket, Rule, apply, kept, scratch, wide
+from lightning_opt.kernels.measuring import factors
+from lightning_opt.kernels.rule import Bucket, Rule, Variant, apply, kept, measures, scratch, summand, wide
 
 log = logging.getLogger("lightning_opt.kernels")
 
-_broken: dict[tuple[str, tuple[torch.dtype, ...]], str] = {}  # (rule, dtypes): why
+_broken: dict[tuple[str, Variant, tuple[torch.dtype, ...]], str] = {}  # what cannot be compiled: why
 
 
-def possible(rule: Rule, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> tuple[bool, str]:
+def possible(rule: Rule, variant: Variant, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> tuple[bool, str]:
     """Whether this rule can be compiled for a device and dtypes, and with what, or why not.
 
     On a CPU it is compiled to find out, once per process; on a GPU the first step tells.
@@ -31,70 +33,104 @@ def possible(rule: Rule, device: torch.device, dtypes: tuple[torch.dtype, ...]) 
     if can and device.type == "cpu":
         if not cpp.possible(dtypes):
             return False, "the C++ loop takes float32, float64 and bfloat16"
-        if (rule.name, dtypes) not in _broken:
+        if (rule.name, variant, dtypes) not in _broken:
             try:
-                native.prepare(rule, dtypes)
+                native.prepare(rule, variant, dtypes)
             except native.CannotCompile as error:
-                _give_up(rule, dtypes, error)
-    why = _broken.get((rule.name, dtypes))
+                _give_up(rule, variant, dtypes, error)
+    why = _broken.get((rule.name, variant, dtypes))
     return (can, what) if why is None else (False, f"compiling failed: {why}")
 
 
 def run(rule: Rule, bucket: Bucket) -> None:
     """Carries the update out in place; falls back to foreach, and says so once, where compiling fails."""
-    dtypes = bucket.dtypes
+    kind = bucket.variant, bucket.dtypes
     on_cpu = bucket.params[0].device.type == "cpu"
-    if (rule.name, dtypes) not in _broken and not (on_cpu and bucket.skip is not None):  # no mask in the C++ loop
+    if (rule.name, *kind) not in _broken and not (on_cpu and bucket.skip is not None):  # no mask in the C++ loop
         how = native.run if on_cpu else _run_graph
         try:
             left = how(rule, bucket)
         except (native.CannotCompile, torch._dynamo.exc.BackendCompilerFailed) as error:  # nothing was touched
-            _give_up(rule, dtypes, error)
+            _give_up(rule, *kind, error)
         else:
             bucket = bucket.part(left)
     if bucket.params:
         foreach.run(rule, bucket)
 
 
-def _give_up(rule: Rule, dtypes: tuple[torch.dtype, ...], error: Exception) -> None:
-    why = _broken[rule.name, dtypes] = " ".join(str(error).splitlines()[:2]) or type(error).__name__
+def _give_up(rule: Rule, variant: Variant, dtypes: tuple[torch.dtype, ...], error: Exception) -> None:
+    why = _broken[rule.name, variant, dtypes] = " ".join(str(error).splitlines()[:2]) or type(error).__name__
     log.warning("compiling %s failed, torch's kernels run instead: %s", rule.name, why)
 
 
-def _graph(rule: Rule, names: tuple[str, ...], l2: bool) -> Callable[..., None]:
+def _graph(rule: Rule, names: tuple[str, ...], variant: Variant) -> Callable[..., None]:
     """The function to compile: lists in, written in place; `numbers` holds shrink, l2 and the scalars in order."""
 
     def update_all(
-        numbers: Tensor, skip: Tensor | None, params: list[Tensor], grads: list[Tensor], *states: list[Tensor]
+        numbers: Tensor,
+        skip: Tensor | None,
+        factors: list[list[Tensor]],
+        params: list[Tensor],
+        grads: list[Tensor],
+        *states: list[Tensor],
     ) -> None:
-        shrink, coupled, *scalars = numbers.to(wide(params[0]).dtype).unbind()
+        shrink, l2, *scalars = numbers.to(wide(params[0]).dtype).unbind()
         named = dict(zip(names, scalars, strict=True))
-        for p, g, *state in zip(params, grads, *states, strict=True):
+        for i, (p, g, *state) in enumerate(zip(params, grads, *states, strict=True)):
             stored = (p, *state)
             computed = [scratch(tensor, skip) for tensor in stored]
-            apply(rule, computed[0], wide(g), computed[1:], shrink, coupled if l2 else None, named)
+            known = [column[i].reshape(()) for column in factors]
+            apply(rule, variant, computed[0], wide(g), computed[1:], shrink, l2, named, known)
             for old, new in zip(stored, computed, strict=True):
                 if new is not old:
                     old.copy_(kept(old, new, skip))
 
+    return _own(update_all, f"update_{rule.name}")
+
+
+def _sums(rule: Rule, names: tuple[str, ...], variant: Variant, number: int) -> Callable[..., list[Tensor]]:
+    """As `_graph`, for the sums of one measurement over every tensor."""
+
+    def sum_all(
+        numbers: Tensor, factors: list[list[Tensor]], params: list[Tensor], grads: list[Tensor], *states: list[Tensor]
+    ) -> list[Tensor]:
+        _, l2, *scalars = numbers.to(wide(params[0]).dtype).unbind()
+        named = dict(zip(names, scalars, strict=True))
+        totals = []
+        for i, (p, g, *state) in enumerate(zip(params, grads, *states, strict=True)):
+            copies = [wide(tensor).clone() for tensor in state]
+            known = [column[i].reshape(()) for column in factors]
+            x = summand(rule, variant, number, wide(p), wide(g), copies, l2, named, known)
+            totals.append(x.sum(dtype=wide(p).dtype))
+        return totals
+
+    return _own(sum_all, f"sums_{rule.name}")
+
+
+def _own(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     # Dynamo keeps compiled code per code object, 8 kinds at most, and runs eager in silence beyond: one object each.
-    update_all.__code__ = update_all.__code__.replace(co_name=f"update_{rule.name}")
-    return update_all
+    function.__code__ = function.__code__.replace(co_name=name)
+    return function
 
 
 @functools.cache
 def _compiled(
-    rule: Rule, names: tuple[str, ...], l2: bool, masked: bool, dtypes: tuple[torch.dtype, ...]
-) -> Callable[..., None]:
-    """One compiled function per kind of bucket, each with a cache of its own, so that none hits the recompile limit."""
-    return torch.compile(_graph(rule, names, l2), dynamic=False)
+    rule: Rule, names: tuple[str, ...], variant: Variant, masked: bool, dtypes: tuple[torch.dtype, ...]
+) -> tuple[Callable[..., None], list[Callable[..., list[Tensor]]]]:
+    """Compiled functions per kind of bucket, each with a cache of its own, so that none hits the recompile limit."""
+    sums = [_sums(rule, names, variant, number) for number in range(len(measures(rule, variant)))]
+    return torch.compile(_graph(rule, names, variant), dynamic=False), [torch.compile(f, dynamic=False) for f in sums]
 
 
 def _run_graph(rule: Rule, bucket: Bucket) -> list[int]:
-    """The whole list as one graph; leaves nothing."""
+    """The whole list as one graph; leaves nothing, but for what is measured in blocks, which it leaves altogether."""
+    if rule.measure is not None and rule.measure.block is not None:
+        return list(range(len(bucket.params)))
     lists = (bucket.params, bucket.grads, *bucket.states)
-    call = _compiled(rule, tuple(bucket.scalars), bucket.l2 is not None, bucket.skip is not None, bucket.dtypes)
+    call, sums = _compiled(rule, tuple(bucket.scalars), bucket.variant, bucket.skip is not None, bucket.dtypes)
     shrink = 1.0 if bucket.shrink is None else bucket.shrink
     numbers = torch.tensor([shrink, bucket.l2 or 0.0, *bucket.scalars.values()], dtype=torch.float64)
-    call(numbers.to(bucket.params[0].device, non_blocking=True), bucket.skip, *lists)
+    numbers = numbers.to(bucket.params[0].device, non_blocking=True)
+    found = factors(rule, bucket, lambda number, known: sums[number](numbers, known, *lists))
+    call(numbers, bucket.skip, found, *lists)
     return []

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_opt.kernels.rule import Rule, apply
+from lightning_opt.kernels.rule import Rule, Variant, apply, measures, summand
 from lightning_opt.kernels.tensor_like import TensorLike
 
 
@@ -130,15 +130,10 @@ template <class V> inline V lerp(V a, V b, V w) {
 template <class V> inline V larger(V a, V b) { return a > b || a != a ? a : b; }
 template <class V> inline V smaller(V a, V b) { return a < b || a != a ? a : b; }
 
-static void run(@STREAMS@, const double* numbers, int64_t n) {
-@NUMBERS@
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-@BODY@
-  }
-}
+// What `apply` does to a stretch of one tensor, and what it first sums up over it.
+@FUNCTIONS@
 
-extern "C" void update(int64_t count, const int64_t* starts, void* const* at, const double* numbers, int threads) {
+template <class F> static void walk(int64_t count, const int64_t* starts, int threads, F visit) {
   const int64_t block = 1 << 16, total = starts[count], blocks = (total + block - 1) / block;
 #pragma omp parallel for schedule(dynamic) num_threads(blocks < threads ? int(blocks) : threads)
   for (int64_t b = 0; b < blocks; ++b) {
@@ -149,11 +144,63 @@ extern "C" void update(int64_t count, const int64_t* starts, void* const* at, co
       (starts[middle] <= from ? tensor : beyond) = middle;
     }
     for (; from < to; ++tensor) {
-      const int64_t end = to < starts[tensor + 1] ? to : starts[tensor + 1], i = from - starts[tensor];
-      run(@POINTERS@, numbers, end - from);
+      const int64_t end = to < starts[tensor + 1] ? to : starts[tensor + 1];
+      visit(b, tensor, from - starts[tensor], end - from);
       from = end;
     }
   }
+}
+
+extern "C" void update(int64_t count, const int64_t* starts, void* const* at, const double* numbers,
+                       const double* const* factors, int threads) {
+  walk(count, starts, threads, [=](int64_t, int64_t tensor, int64_t i, int64_t n) {
+    run(@POINTERS@, numbers, factors, tensor, n);
+  });
+}
+@SUMS@
+"""
+
+# Stretches of one block and tensor each have a place of their own in `partial`, so the sum does not depend on which
+# thread was where.
+_SUM = """
+extern "C" void sum@K@(int64_t count, const int64_t* starts, void* const* at, const double* numbers,
+                     const double* const* factors, int threads, double* partial, double* totals) {
+  walk(count, starts, threads, [=](int64_t b, int64_t tensor, int64_t i, int64_t n) {
+    partial[b + tensor] = add@K@(@POINTERS@, numbers, factors, tensor, n);
+  });
+  const int64_t block = 1 << 16;
+  for (int64_t tensor = 0; tensor < count; ++tensor) {
+    totals[tensor] = 0;
+    for (int64_t b = starts[tensor] / block; b * block < starts[tensor + 1]; ++b)
+      if (starts[tensor] < starts[tensor + 1]) totals[tensor] += partial[b + tensor];
+  }
+}
+"""
+
+_RUN = """
+static void run(@STREAMS@, const double* numbers, const double* const* factors, int64_t tensor, int64_t n) {
+@NUMBERS@
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+@BODY@
+  }
+}
+"""
+
+_ADD = """
+static double add@K@(@STREAMS@, const double* numbers, const double* const* factors, int64_t tensor, int64_t n) {
+@NUMBERS@
+  double total = 0;
+  for (int64_t part = 0; part < n; part += 1024) {  // short sums in T, which a double then adds up
+    const int64_t end = n < part + 1024 ? n : part + 1024;
+    T sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = part; i < end; ++i) {
+@BODY@
+    }
+    total += sum;
+  }
+  return total;
 }
 """
 
@@ -163,37 +210,56 @@ def possible(dtypes: tuple[torch.dtype, ...]) -> bool:
     return all(dtype in _TYPES for dtype in dtypes)
 
 
-def source(rule: Rule, names: tuple[str, ...], l2: bool, dtypes: tuple[torch.dtype, ...]) -> str:
-    """C++ of ``update(count, starts, at, numbers, threads)``.
+def source(rule: Rule, names: tuple[str, ...], variant: Variant, dtypes: tuple[torch.dtype, ...]) -> str:
+    """C++ of ``update(count, starts, at, numbers, factors, threads)`` and of ``sum0``, ``sum1``, ... for `measures`.
 
     Args:
         rule: an elementwise rule.
         names: of its scalars; `numbers` holds shrink, l2 and these, in order.
-        l2: whether l2 times the weight joins the gradient.
+        variant: see `Variant`.
         dtypes: of weight, gradient and each state; `at` holds their addresses, tensor after tensor, and `starts` where
-            each begins when all are laid end to end (one more entry than tensors).
+            each begins when all are laid end to end (one more entry than tensors). `factors` holds an address for each
+            measurement, with one number per tensor there.
 
     Raises:
         NotInCpp: where the rule uses what has no spelling here.
     """
     types = [_TYPES[dtype] for dtype in dtypes]
-    lines: list[str] = []
-    p, g, *states = (Code(f"v{k}", lines, True) for k in range(len(types)))
-    shrink, coupled, *scalars = (Code(name, lines, False) for name in ("shrink", "l2", *names))
-    apply(rule, p, g, states, shrink, coupled if l2 else None, dict(zip(names, scalars, strict=True)))
-    every = range(len(types))
-    body = [*(f"T v{k} = s{k}[i];" for k in every), *lines, *(f"s{k}[i] = v{k};" for k in every if k != 1)]
+    found = range(len(measures(rule, variant)))
     const = lambda k: "const " if k == 1 else ""  # noqa: E731
-    filled = {
+    every = list(enumerate(types))
+    numbers = [f"  const double {n} = numbers[{k}];" for k, n in enumerate(("shrink", "l2", *names))]
+    shared = {
         "T": "double" if torch.float64 in dtypes else "float",
-        "STREAMS": ", ".join(f"{const(k)}{kind}* __restrict s{k}" for k, kind in enumerate(types)),
-        "POINTERS": ", ".join(
-            f"({const(k)}{kind}*)at[{len(types)} * tensor + {k}] + i" for k, kind in enumerate(types)
-        ),
-        "NUMBERS": "\n".join(f"  const double {n} = numbers[{k}];" for k, n in enumerate(("shrink", "l2", *names))),
-        "BODY": "\n".join(f"    {line}" for line in body),
+        "STREAMS": ", ".join(f"{const(k)}{kind}* __restrict s{k}" for k, kind in every),
+        "POINTERS": ", ".join(f"({const(k)}{kind}*)at[{len(types)} * tensor + {k}] + i" for k, kind in every),
     }
-    text = _SOURCE
-    for key, value in filled.items():
+    functions = [_filled(_RUN, _traced(rule, names, variant, len(types), None), numbers, found)]
+    functions += [_filled(_ADD, _traced(rule, names, variant, len(types), k), numbers, found[:k], k) for k in found]
+    sums = [_SUM.replace("@K@", str(k)) for k in found]
+    text = _SOURCE.replace("@FUNCTIONS@", "".join(functions)).replace("@SUMS@", "".join(sums))
+    for key, value in shared.items():
         text = text.replace(f"@{key}@", value)
     return text
+
+
+def _filled(template: str, body: list[str], numbers: list[str], known: range, number: int = 0) -> str:
+    lines = [*numbers, *(f"  const double factor{k} = factors[{k}][tensor];" for k in known)]
+    statements = "\n".join(f"    {line}" for line in body)
+    return template.replace("@NUMBERS@", "\n".join(lines)).replace("@BODY@", statements).replace("@K@", str(number))
+
+
+def _traced(rule: Rule, names: tuple[str, ...], variant: Variant, streams: int, number: int | None) -> list[str]:
+    """The statements for one element: of the update (`number` None), or of the summand of a measurement."""
+    lines: list[str] = []
+    p, g, *states = (Code(f"v{k}", lines, True) for k in range(streams))
+    shrink, l2, *scalars = (Code(name, lines, False) for name in ("shrink", "l2", *names))
+    named = dict(zip(names, scalars, strict=True))
+    known = len(measures(rule, variant)) if number is None else number
+    factors = [Code(f"factor{k}", lines, False) for k in range(known)]
+    loads = [f"T v{k} = s{k}[i];" for k in range(streams)]
+    if number is None:
+        apply(rule, variant, p, g, states, shrink, l2, named, factors)
+        return [*loads, *lines, *(f"s{k}[i] = v{k};" for k in range(streams) if k != 1)]
+    result = summand(rule, variant, number, p, g, states, l2, named, factors)
+    return [*loads, *lines, f"sum += {result.name};"]

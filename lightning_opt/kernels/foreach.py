@@ -12,21 +12,25 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lightning_opt.kernels import eager
 from lightning_opt.kernels.many import Many
+from lightning_opt.kernels.measuring import by_tensor, factors
 from lightning_opt.kernels.rule import Bucket, Rule, apply, kept, scratch, wide
 
 BLOCK = 1 << 15  # elements; torch's own limit below which a CPU op does not use threads
 # Elements of one list. Temporaries are several times that; a GPU wants enough to fill the machine.
 _LIST_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
 
-Row = tuple[Tensor, ...]  # weight, gradient, states
+Row = tuple[Tensor, ...]  # weight, gradient, states, factors
 
 
-def _blocks(row: Row) -> Iterator[Row]:
+def _cut(row: Row, factors: int) -> Iterator[Row]:
     """Flat views of at most one block; tensors that are strided or small stay whole."""
-    if row[0].numel() <= BLOCK or not all(tensor.is_contiguous() for tensor in row):
+    tensors, numbers = row[: len(row) - factors], row[len(row) - factors :]
+    if row[0].numel() <= BLOCK or not all(tensor.is_contiguous() for tensor in tensors):
         return iter([row])
-    return zip(*(tensor.view(-1).split(BLOCK) for tensor in row), strict=True)
+    pieces = zip(*(tensor.view(-1).split(BLOCK) for tensor in tensors), strict=True)
+    return ((*piece, *numbers) for piece in pieces)
 
 
 def _lists(rows: Iterator[Row], limit: int) -> Iterator[list[Row]]:
@@ -45,17 +49,22 @@ def _lists(rows: Iterator[Row], limit: int) -> Iterator[list[Row]]:
 
 
 def run(rule: Rule, bucket: Bucket) -> None:
-    """Carries the update out in place."""
+    """Carries the update out in place; blocks that a rule measures one by one are eager's."""
+    if rule.measure is not None and rule.measure.block is not None:
+        eager.run(rule, bucket)
+        return
     device = bucket.params[0].device.type
-    rows: Iterator[Row] = zip(bucket.params, bucket.grads, *bucket.states, strict=True)
-    if device == "cpu" and rule.elementwise:
-        rows = (block for row in rows for block in _blocks(row))
+    found = [[factor.reshape(()) for factor in column] for column in factors(rule, bucket, by_tensor(rule, bucket))]
+    rows: Iterator[Row] = zip(bucket.params, bucket.grads, *bucket.states, *found, strict=True)
+    if device == "cpu":
+        rows = (piece for row in rows for piece in _cut(row, len(found)))
     for part in _lists(rows, _LIST_ELEMENTS.get(device, 1 << 24)):
-        params, grads, *states = (list(column) for column in zip(*part, strict=True))
-        stored = (params, *states)
+        params, grads, *rest = (list(column) for column in zip(*part, strict=True))
+        stored = (params, *rest[: len(bucket.states)])
         computed = [Many([scratch(t, bucket.skip) for t in tensors]) for tensors in stored]
         g = Many([wide(t) for t in grads])
-        apply(rule, computed[0], g, computed[1:], bucket.shrink, bucket.l2, bucket.scalars)
+        named = [Many(column) for column in rest[len(bucket.states) :]]
+        apply(rule, bucket.variant, computed[0], g, computed[1:], bucket.shrink, bucket.l2, bucket.scalars, named)
         for old, new in zip(stored, computed, strict=True):
             if new.tensors[0] is not old[0]:
                 torch._foreach_copy_(old, [kept(*pair, bucket.skip) for pair in zip(old, new.tensors, strict=True)])

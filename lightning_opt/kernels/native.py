@@ -6,7 +6,6 @@ tensor and call. The OpenMP threads are torch's own: the library leaves those sy
 
 from __future__ import annotations
 
-import array
 import ctypes
 import functools
 import inspect
@@ -21,13 +20,15 @@ from torch import Tensor
 
 from lightning_opt.kernels import cpp
 from lightning_opt.kernels.device import cpp_compiler
-from lightning_opt.kernels.rule import Bucket, Rule
+from lightning_opt.kernels.measuring import Factors, blocks, factors
+from lightning_opt.kernels.rule import Bucket, Rule, Variant, measures
 
 # No -ffast-math: an element must come out the same wherever it lies. What is named here only lets roots and selects
 # run in vector registers; contraction is off so that each operation is rounded once, as torch rounds it.
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fPIC", "-fopenmp")
 
 
+BLOCK = 1 << 16  # elements a thread takes at once, as in the C++
 _PLAIN = (Tensor, torch.nn.Parameter)  # subclasses may hold their numbers elsewhere
 
 
@@ -36,10 +37,12 @@ class CannotCompile(Exception):
 
 
 @functools.cache
-def _library(rule: Rule, names: tuple[str, ...], l2: bool, dtypes: tuple[torch.dtype, ...]) -> Callable[..., None]:
-    """The compiled function; made anew by every process: half a second, and no cache that others could write to."""
+def _library(
+    rule: Rule, names: tuple[str, ...], variant: Variant, dtypes: tuple[torch.dtype, ...]
+) -> list[Callable[..., None]]:
+    """The compiled update, then its sums; made anew by every process: in half a second, with no cache to trust."""
     try:
-        function = _build(cpp.source(rule, names, l2, dtypes)).update
+        library = _build(cpp.source(rule, names, variant, dtypes))
     except cpp.NotInCpp as error:
         raise CannotCompile(f"no C++ for {error}") from error
     except subprocess.CalledProcessError as error:
@@ -47,9 +50,14 @@ def _library(rule: Rule, names: tuple[str, ...], l2: bool, dtypes: tuple[torch.d
         raise CannotCompile((error.stderr.strip() or silent).splitlines()[0]) from error
     except OSError as error:
         raise CannotCompile(str(error)) from error
-    function.restype = None
-    function.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 3, ctypes.c_int]
-    return function
+    pointer = ctypes.c_void_p
+    functions = [library.update, *(getattr(library, f"sum{k}") for k in range(len(measures(rule, variant))))]
+    for function in functions:
+        function.restype = None
+        function.argtypes = [ctypes.c_int64, *[pointer] * 4, ctypes.c_int]
+    for function in functions[1:]:
+        function.argtypes += [pointer, pointer]
+    return functions
 
 
 def _build(text: str) -> ctypes.CDLL:
@@ -68,19 +76,21 @@ def _build(text: str) -> ctypes.CDLL:
             return ctypes.CDLL(str(library))
 
 
-def prepare(rule: Rule, dtypes: tuple[torch.dtype, ...]) -> None:
-    """Compiles the rule as it mostly runs, without L2 decay, so that its first step need not.
+def prepare(rule: Rule, variant: Variant, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Compiles the rule, so that its first step need not.
 
     Raises:
         CannotCompile: there is no library for it here.
     """
-    _library(rule, _scalars(rule), False, dtypes)
+    _library(rule, _scalars(rule), variant, dtypes)
 
 
 @functools.cache
 def _scalars(rule: Rule) -> tuple[str, ...]:
-    """Names of the numbers that the rule's update takes."""
-    return tuple(p.name for p in inspect.signature(rule.update).parameters.values() if p.kind is p.KEYWORD_ONLY)
+    """Names of the numbers that the rule's update takes, but for what it measures."""
+    measured = rule.measure.name if rule.measure is not None else None
+    every = inspect.signature(rule.update).parameters.values()
+    return tuple(p.name for p in every if p.kind is p.KEYWORD_ONLY and p.name != measured)
 
 
 def run(rule: Rule, bucket: Bucket) -> list[int]:
@@ -92,26 +102,57 @@ def run(rule: Rule, bucket: Bucket) -> list[int]:
     Raises:
         CannotCompile: before anything was touched.
     """
-    names, dtypes = _scalars(rule), bucket.dtypes
-    update = _library(rule, names, bucket.l2 is not None, dtypes)
-    left, sizes, at, written = [], [0], [], []
-    for i, row in enumerate(zip(bucket.params, bucket.grads, *bucket.states, strict=True)):
-        size = row[0].numel()
-        for t in row:
-            if type(t) not in _PLAIN or not t.is_contiguous() or t.numel() != size:
-                left.append(i)
-                break
-        else:
-            sizes.append(size)
-            at += [t.data_ptr() for t in row]
-            written += row
-    if not written:
-        return left
-    del written[1 :: len(dtypes)]  # gradients are only read
-    shrink = 1.0 if bucket.shrink is None else bucket.shrink
-    numbers = [shrink, bucket.l2 or 0.0, *[bucket.scalars[name] for name in names]]
-    # Named, so that their memory lives until the call returns.
-    arrays = [array.array("q", itertools.accumulate(sizes)), array.array("Q", at), array.array("d", numbers)]
-    update(len(sizes) - 1, *[values.buffer_info()[0] for values in arrays], torch.get_num_threads())
-    torch.autograd.graph.increment_version(written)  # autograd must see that saved weights were overwritten
+    update, *sums = _library(rule, _scalars(rule), bucket.variant, bucket.dtypes)
+    rows = list(zip(bucket.params, bucket.grads, *bucket.states, strict=True))
+    left = [i for i, row in enumerate(rows) if not _plain(row)]
+    if left:
+        bucket = bucket.part([i for i in range(len(rows)) if i not in set(left)])
+    if bucket.params:
+        _call(rule, bucket, update, sums)
     return left
+
+
+def _plain(row: tuple[Tensor, ...]) -> bool:
+    size = row[0].numel()
+    return all(type(t) in _PLAIN and t.is_contiguous() and t.numel() == size for t in row)
+
+
+def _call(rule: Rule, bucket: Bucket, update: Callable[..., None], sums: list[Callable[..., None]]) -> None:
+    rows = list(zip(bucket.params, bucket.grads, *bucket.states, strict=True))
+    parts = [blocks(rule, bucket, i) for i in range(len(rows))]
+    starts, at = _entries(rows, parts)
+    shrink = 1.0 if bucket.shrink is None else bucket.shrink
+    scalars = [bucket.scalars[name] for name in _scalars(rule)]
+    numbers = torch.tensor([shrink, bucket.l2 or 0.0, *scalars], dtype=torch.float64)
+    count, threads = len(starts) - 1, torch.get_num_threads()
+
+    def call(function: Callable[..., None], found: Factors, *more: Tensor) -> None:
+        columns = [torch.cat([f.reshape(-1) for f in column]).double() for column in found]
+        factors = torch.tensor([column.data_ptr() for column in columns], dtype=torch.int64)
+        given = [tensor.data_ptr() for tensor in (starts, at, numbers, factors)]
+        function(count, *given, threads, *[tensor.data_ptr() for tensor in more])
+
+    def totals(number: int, found: Factors) -> list[Tensor]:
+        partial = torch.empty(int(starts[-1]) // BLOCK + 2 + count, dtype=torch.float64)
+        result = torch.empty(count, dtype=torch.float64)
+        call(sums[number], found, partial, result)
+        return list(result.split(parts))
+
+    call(update, factors(rule, bucket, totals))
+    written = [tensor for row in rows for k, tensor in enumerate(row) if k != 1]  # gradients are only read
+    torch.autograd.graph.increment_version(written)  # autograd must see that saved weights were overwritten
+
+
+def _entries(rows: list[tuple[Tensor, ...]], parts: list[int]) -> tuple[Tensor, Tensor]:
+    """Where each tensor, or block of one, begins when all are laid end to end, and the addresses of its numbers."""
+    sizes = [row[0].numel() // n for row, n in zip(rows, parts, strict=True)]
+    if all(n == 1 for n in parts):
+        at = torch.tensor([t.data_ptr() for row in rows for t in row], dtype=torch.int64)
+        return torch.tensor(list(itertools.accumulate(sizes, initial=0)), dtype=torch.int64), at
+    addresses = []
+    for row, size, n in zip(rows, sizes, parts, strict=True):
+        first = torch.tensor([t.data_ptr() for t in row], dtype=torch.int64)
+        width = torch.tensor([size * t.element_size() for t in row], dtype=torch.int64)
+        addresses.append((first + torch.arange(n).unsqueeze(1) * width).reshape(-1))
+    ends = torch.repeat_interleave(torch.tensor(sizes), torch.tensor(parts)).cumsum(0)
+    return torch.cat([torch.zeros(1, dtype=torch.int64), ends]), torch.cat(addresses)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,39 +11,113 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Measure:
+    """A sum over each tensor, or over each block of it, that a rule must know before it can update one element.
+
+    The sum is taken in a pass of its own; `factor` turns it into the one number per block that `Rule.update` receives
+    as the scalar `name`. Of a sharded tensor the shards' sums are added up first.
+
+    Attributes:
+        name: the keyword of `Rule.update`.
+        of: ``of(p, g, *state, **scalars)``, elementwise, the summand; writes nothing.
+        factor: ``factor(total, count, *state, **scalars)``: tensors with one entry per block in and out; `count` is the
+            number of elements of a block. It may write the states named in `state`.
+        block: ``block(p, layout) -> elements of one block`` (a contiguous run of the weight, all equally long; `layout`
+            as in `Bucket.layouts`); None: the whole tensor is one block.
+        state: names of states that hold one number per block, kept in float32 (float64 for float64 weights).
+    """
+
+    name: str
+    of: Callable[..., Any]
+    factor: Callable[..., Tensor]
+    block: Callable[[Tensor, Mapping[str, Any]], int] | None = None
+    state: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Rule:
     """The maths of one optimizer.
 
     Attributes:
         name: the word users write, for example ``lion``.
-        update: ``update(p, g, *state, **scalars)``, writes weight and states in place and leaves the gradient alone;
-            plain arithmetic, `torch` functions and methods on tensors of one shape, all float32 or all float64: the
-            same code runs on tensors, on lists of tensors (`Many`) and through the compiler. Scalars may be floats or
-            0-dim tensors, so they go where both can (operators, ``mul_``, ``lerp_``; not ``alpha=``).
+        update: ``update(p, g, *state, **scalars) -> step``: writes the states, leaves the gradient alone and returns
+            what is subtracted from the weight (or writes the weight itself and returns None: see `writes`); plain
+            arithmetic, `torch` functions and methods on tensors of one shape, all float32 or all float64: the same code
+            runs on tensors, on lists of tensors (`Many`) and through the compiler. Scalars may be floats or 0-dim
+            tensors, so they go where both can (operators, ``mul_``, ``lerp_``; not ``alpha=``).
         scalars: ``scalars(step, group) -> {name: float}``: what `update` needs besides tensors, worked out once per
-            step in Python's double precision; ``step`` counts from 1, ``group`` is the parameter group.
-        state: names of the state tensors, each shaped like the parameter and zero at first.
+            step in Python's double precision; ``step`` counts from 1 (a `Step`), ``group`` is the parameter group.
+        state: names of the state tensors, each shaped like the parameter and zero at first unless `initial` says else.
         defaults: the rule's own hyperparameters (beside lr, weight decay, clipping, ...) and their defaults.
-        traffic: bytes per float32 parameter that an ideal step reads and writes, gradient included.
+        traffic: bytes per float32 parameter that an ideal step reads and writes, gradient included, all passes.
         wide_state: those of `state` that are kept in float32 (float64 for float64 weights) whatever `state_dtype` says.
         fused: torch's fused functional for this rule, ``fused(bucket)``, or None.
         elementwise: `update` treats every element alone, so tensors may be flattened or be shards of a DTensor.
+        whole: for rules that are not elementwise, in place of `update`: ``whole(bucket) -> steps``, one per weight, in
+            the dtype of `wide(weight)`; reads weights and gradients, writes states.
+        measure: sums over whole tensors that `update` needs, or None.
+        initial: ``initial(p, group, layout) -> {name: tensor}``: the states that are not zeros like the weight.
+        least_ndim: smallest number of dimensions of a weight that it takes (2: matrices and stacks of them).
+        own_decay: the rule applies ``group["weight_decay"]`` itself, in every mode.
+        writes: `update` writes the weight itself; such a rule cannot be made cautious.
         needs: names of signals (`Optimizer.observe`) the rule cannot work without.
     """
 
     name: str
-    update: Callable[..., None]
-    scalars: Callable[[int, Mapping[str, Any]], dict[str, float]]
+    update: Callable[..., Any]
+    scalars: Callable[[Step, Mapping[str, Any]], dict[str, float]]
     state: tuple[str, ...]
     defaults: Mapping[str, Any]
     traffic: int
     wide_state: tuple[str, ...] = ()
     fused: Callable[[Bucket], None] | None = None
     elementwise: bool = True
+    whole: Callable[[Bucket], list[Tensor]] | None = None
+    measure: Measure | None = None
+    initial: Callable[[Tensor, Mapping[str, Any], Mapping[str, Any]], dict[str, Tensor]] | None = None
+    least_ndim: int = 0
+    own_decay: bool = False
+    writes: bool = False
     needs: frozenset[str] = frozenset()
 
     def __hash__(self) -> int:
         return hash(self.name)
+
+
+class Step(int):
+    """A parameter's number of updates, from 1; states that came later, at a change of rules, count their own."""
+
+    since: Mapping[str, int]
+
+    def __new__(cls, value: int, since: Mapping[str, int] | None = None) -> Step:
+        """`since`: by state, the number of updates before its first."""
+        step = super().__new__(cls, value)
+        step.since = since or {}
+        return step
+
+    def of(self, state: str) -> int:
+        """Number of updates of one state, this one included."""
+        return int(self) - self.since.get(state, 0)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What of an update's course is settled when code is made for it.
+
+    Attributes:
+        l2: decay goes into the gradient.
+        cautious: steps that point against the gradient are left out (Liang et al. 2024, arXiv 2411.16085).
+        cautious_decay: decay only where it points the way the step does (Chen et al. 2025, arXiv 2510.12402).
+    """
+
+    l2: bool = False
+    cautious: bool = False
+    cautious_decay: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Neither cautious steps nor cautious decay."""
+        return not (self.cautious or self.cautious_decay)
 
 
 @dataclass
@@ -55,10 +129,17 @@ class Bucket:
         grads: their gradients, only read.
         states: one list per name in `Rule.state`, aligned with `params`, written in place.
         scalars: from `Rule.scalars`.
-        shrink: the weights are multiplied by this first (decoupled and independent decay); None for no decay.
+        shrink: the weights are multiplied by this (decoupled and independent decay); None for no decay.
         l2: this times the weights is added to the gradients (mode ``l2``); None for none.
+        options: the parameter group.
         skip: 0-dim bool on the tensors' device; where it is true, weights and states stay as they are, to the last
             bit and whatever the gradients hold. None: nobody asked, which is the fast way.
+        cautious, cautious_decay: see `Variant`.
+        layouts: per weight what the model says about it (``pieces``, ``heads``; see `optim.routing`), {} where unknown.
+        block_states: one list per name in `Measure.state`, aligned with `params`.
+        reduce: adds sums over shards up over the ranks, for weights that are shards; None where they are whole.
+        counts: elements of each whole weight where `params` are shards; None where they are whole.
+        extra: states of a rule that is not elementwise, one dict per weight, as in ``optimizer.state[p]``.
     """
 
     params: list[Tensor]
@@ -70,29 +151,103 @@ class Bucket:
     l2: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     skip: Tensor | None = None
+    cautious: bool = False
+    cautious_decay: bool = False
+    layouts: list[Mapping[str, Any]] | None = None
+    block_states: tuple[list[Tensor], ...] = ()
+    reduce: Callable[[Tensor], Tensor] | None = None
+    counts: list[int] | None = None
+    extra: list[dict[str, Any]] | None = None
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """Of weight, gradient and each state."""
         return tuple(tensors[0].dtype for tensors in (self.params, self.grads, *self.states))
 
+    @property
+    def variant(self) -> Variant:
+        """What code is made for."""
+        return Variant(self.l2 is not None, self.cautious, self.cautious_decay and self.shrink is not None)
+
     def part(self, indices: list[int]) -> Bucket:
         """The same bucket with only the tensors at `indices`."""
-        pick = lambda tensors: [tensors[i] for i in indices]  # noqa: E731
-        states = tuple(pick(tensors) for tensors in self.states)
-        return replace(self, params=pick(self.params), grads=pick(self.grads), states=states)
+        pick = lambda tensors: None if tensors is None else [tensors[i] for i in indices]  # noqa: E731
+        return replace(
+            self,
+            params=pick(self.params),
+            grads=pick(self.grads),
+            states=tuple(pick(tensors) for tensors in self.states),
+            block_states=tuple(pick(tensors) for tensors in self.block_states),
+            layouts=pick(self.layouts),
+            counts=pick(self.counts),
+            extra=pick(self.extra),
+        )
 
 
-def apply(rule: Rule, p: Any, g: Any, state: Iterable[Any], shrink: Any, l2: Any, scalars: Mapping[str, Any]) -> None:
-    """One update in place: decay into the gradient (``l2``) or onto the weight (``shrink``), then the rule.
+def apply(
+    rule: Rule,
+    variant: Variant,
+    p: Any,
+    g: Any,
+    state: Iterable[Any],
+    shrink: Any,
+    l2: Any,
+    scalars: Mapping[str, Any],
+    factors: Sequence[Any] = (),
+) -> None:
+    """One update in place: decay into the gradient (``l2``) or onto the weight (``shrink``), and the rule's step.
 
-    Works on tensors and on `Many`, all in the dtype updates are computed in.
+    Works on tensors and on `Many`, all in the dtype updates are computed in. `factors`: one per `measures` of the rule.
     """
-    if l2 is not None:
+    if variant.l2:
         g = g + l2 * p
-    if shrink is not None:
+    step = rule.update(p, g, *state, **_with_factor(rule, scalars, factors))
+    if variant.cautious:
+        step = torch.where(step * g > 0, step * factors[-1], 0.0)
+    if variant.cautious_decay:
+        p.copy_(torch.where(step * p < 0, p, p * shrink))
+    elif shrink is not None:
         p.mul_(shrink)
-    rule.update(p, g, *state, **scalars)
+    if step is not None:
+        p.sub_(step)
+
+
+def summand(
+    rule: Rule,
+    variant: Variant,
+    number: int,
+    p: Any,
+    g: Any,
+    state: Sequence[Any],
+    l2: Any,
+    scalars: Mapping[str, Any],
+    factors: Sequence[Any] = (),
+) -> Any:
+    """What measurement `number` (of `measures`) sums up over a tensor; `state` may be overwritten: hand in copies."""
+    if variant.l2:
+        g = g + l2 * p
+    if rule.measure is not None and number == 0:
+        return rule.measure.of(p, g, *state, **scalars)
+    step = rule.update(p, g, *state, **_with_factor(rule, scalars, factors))
+    return torch.where(step * g > 0, 1.0, 0.0)
+
+
+def measures(rule: Rule, variant: Variant) -> tuple[Measure, ...]:
+    """What must be summed up over tensors before `apply`, in order."""
+    own = () if rule.measure is None else (rule.measure,)
+    return (*own, _CAUTION) if variant.cautious else own
+
+
+def _with_factor(rule: Rule, scalars: Mapping[str, Any], factors: Sequence[Any]) -> Mapping[str, Any]:
+    return scalars if rule.measure is None else {**scalars, rule.measure.name: factors[0]}
+
+
+def _share_kept(total: Tensor, count: Tensor, **_: Any) -> Tensor:
+    """1 / the share of elements whose step agrees with the gradient, at most 1000 (from the paper's repository)."""
+    return 1 / torch.clamp(total / count, min=1e-3)
+
+
+_CAUTION = Measure("cautious", of=lambda *_, **__: None, factor=_share_kept)
 
 
 def wide(tensor: Tensor) -> Tensor:

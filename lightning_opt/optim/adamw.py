@@ -86,11 +86,11 @@ def scalars(step: int, group: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def update(p: Any, g: Any, m: Any, v: Any, *, rate: float, root: float, new1: float, new2: float, eps: float) -> None:
-    """One step in place. ``lerp(m, g, w)`` is ``(1 - w) m + w g``."""
+def update(p: Any, g: Any, m: Any, v: Any, *, rate: float, root: float, new1: float, new2: float, eps: float) -> Any:
+    """The step; the states are written. ``lerp(m, g, w)`` is ``(1 - w) m + w g``."""
     m.lerp_(g, new1)
     v.lerp_(g * g, new2)
-    p.sub_((m / torch.sqrt(v).div_(root).add_(eps)).mul_(rate))
+    return (m / torch.sqrt(v).div_(root).add_(eps)).mul_(rate)
 
 
 RULE = Rule(

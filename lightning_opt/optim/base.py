@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from lightning_opt import kernels
-from lightning_opt.kernels import Bucket, Choice, Later, Rule
+from lightning_opt.kernels import Bucket, Choice, Later, Rule, Variant
+from lightning_opt.optim.buckets import Row, filled_bucket, layout_of
 from lightning_opt.optim.catalogue import find_rule
 from lightning_opt.optim.clipping import Clipping
 from lightning_opt.optim.saved import fitted, plain
-from lightning_opt.optim.storage import bytes_held, local, state_dtypes, warn_of_lost_updates
+from lightning_opt.optim.storage import bytes_held, fresh_state, planned_bytes, state_dtypes, warn_of_lost_updates
 from lightning_opt.plan import ConfigError, check_value, one_of
 
 # Every rule has these; a rule adds its own (`Rule.defaults`).
@@ -22,11 +23,14 @@ COMMON: dict[str, Any] = {
     "weight_decay": 0.0,
     "weight_decay_mode": "decoupled",
     "max_grad_norm": None,
+    "cautious": False,
+    "cautious_weight_decay": False,
     "state_dtype": "float32",
     "implementation": "auto",
 }
-# What else a group may carry; none of it changes the maths except through `clip_group` and `initial_lr`.
-_BOOKKEEPING: dict[str, Any] = {"rule": None, "role": "all", "clip_group": ""}
+# What else a group may carry. `pieces` and `heads` are lists aligned with the group's parameters, or None: the rows of
+# the matrices fused in each weight, and the number of attention heads its rows belong to (see `optim.routing`).
+_BOOKKEEPING: dict[str, Any] = {"rule": None, "role": "all", "clip_group": "", "pieces": None, "heads": None}
 _ALLOWED = frozenset({"params", "param_names", "name", "initial_lr", *COMMON, *_BOOKKEEPING})
 
 Hook = Callable[["Optimizer"], None]
@@ -40,6 +44,11 @@ class Optimizer(torch.optim.Optimizer):
     - ``decoupled``: ``p <- p (1 - lr wd)`` before the rule (torch's AdamW);
     - ``independent``: ``p <- p (1 - lr / peak wd)`` (optimi's ``decouple_lr``; wd is then about 1e-5 to 1e-4);
     - ``l2``: ``g <- g + wd p`` before the rule (torch's Adam and SGD).
+
+    ``cautious`` leaves out every step that points against its gradient and scales the others up by what is missing,
+    tensor by tensor (Liang et al. 2024, arXiv 2411.16085, and its repository's scale: 1 / mean of the mask, at most
+    1000). ``cautious_weight_decay`` decays only weights that the step moves towards zero too (Chen et al. 2025,
+    arXiv 2510.12402).
 
     Updates of bfloat16 weights are computed in float32 and rounded to nearest when written. A weight that is changed
     by less than half a bfloat16 step (0.2 to 0.4 % of its size) therefore does not move at all, in any number of
@@ -107,6 +116,11 @@ class Optimizer(torch.optim.Optimizer):
             raise ValueError("a parameter is listed twice in one group: tied weights are updated once")
         if any(isinstance(p, Tensor) and p.is_complex() for p in plain):
             raise ValueError("complex parameters are not supported: train torch.view_as_real(p) instead")
+        if small := [p for p in plain if isinstance(p, Tensor) and p.ndim < spec.least_ndim]:
+            raise ValueError(
+                f"{spec.name} takes matrices, and a parameter has shape {tuple(small[0].shape)}: hand it the hidden "
+                "matrices only and the rest to another group, or let optim.build(model, config) route them by role"
+            )
         group.setdefault("initial_lr", group["lr"])
         super().add_param_group(group)
         for key in set(self.param_groups[-1]) - set(group) - _ALLOWED:
@@ -175,33 +189,26 @@ class Optimizer(torch.optim.Optimizer):
 
         The states whose count went up are added to `counted`.
         """
-        found: dict[tuple[Any, ...], list[list[Tensor]]] = {}
-        for p in group["params"]:
+        found: dict[tuple[Any, ...], list[Row]] = {}
+        for index, p in enumerate(group["params"]):
             grad = p.grad
             if grad is None:
                 continue
             if grad.layout is not torch.strided:
                 _refuse_sparse(grad)
             state = self.state[p]
+            layout = layout_of(group, index)
             if not state:
-                self._init_state(rule, group, p, state)
+                state["step"] = 0
+                state |= fresh_state(rule, group, p, layout)
             state["step"] += 1
             counted.append(state)
-            tensors = [p, grad, *[state[name] for name in rule.state]]
-            if rule.elementwise and type(p) is not torch.nn.Parameter:
-                tensors = _local(tensors)
-            key = (state["step"], p.device, *[t.dtype for t in tensors])
-            found.setdefault(key, []).append(tensors)
-        shrink, l2 = _decay(group)
+            row = Row.of(rule, p, grad, state, layout)
+            found.setdefault((state["step"], *row.kind), []).append(row)
+        shrink, l2 = (None, None) if rule.own_decay else _decay(group)
         for (step, *_), rows in found.items():
-            params, grads, *states = (list(column) for column in zip(*rows, strict=True))
-            skip = self._skip.to(params[0].device) if isinstance(self._skip, Tensor) else None
-            yield Bucket(params, grads, tuple(states), rule.scalars(step, group), step, shrink, l2, group, skip)
-
-    def _init_state(self, rule: Rule, group: Mapping[str, Any], p: Tensor, state: dict[str, Any]) -> None:
-        state["step"] = 0
-        for name, dtype in state_dtypes(rule, group, p).items():
-            state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+            skip = self._skip.to(rows[0].tensors[0].device) if isinstance(self._skip, Tensor) else None
+            yield filled_bucket(rule, rows, step, group, shrink=shrink, l2=l2, skip=skip)
 
     def register_before_update_hook(self, hook: Hook) -> Callable[[], None]:
         """Calls ``hook(optimizer)`` in every step after the closure and before a weight changes.
@@ -262,22 +269,28 @@ class Optimizer(torch.optim.Optimizer):
     # -- what runs, what it holds -----------------------------------------------------------------------------------
 
     def _choice(self, rule: Rule, group: Mapping[str, Any], bucket: Bucket) -> Choice:
-        tensors = (bucket.params, bucket.grads, *bucket.states)
-        return self._choose(rule, group, bucket.params[0].device, tuple(column[0].dtype for column in tensors))
+        return self._choose(rule, group, bucket.params[0].device, bucket.dtypes, bucket.variant)
 
     def _choose(
-        self, rule: Rule, group: Mapping[str, Any], device: torch.device, dtypes: tuple[torch.dtype, ...]
+        self,
+        rule: Rule,
+        group: Mapping[str, Any],
+        device: torch.device,
+        dtypes: tuple[torch.dtype, ...],
+        variant: Variant,
     ) -> Choice:
         if rule.name not in self._elements:
             members = (p for g in self.param_groups if g["rule"] == rule.name for p in g["params"])
             self._elements[rule.name] = sum(p.numel() for p in members)
-        return kernels.choose(rule, group["implementation"], device, dtypes, self._elements[rule.name])
+        return kernels.choose(rule, group["implementation"], device, dtypes, self._elements[rule.name], variant)
 
     def _choice_of(self, group: Mapping[str, Any]) -> Choice:
         rule = find_rule(group["rule"])
         largest = max(group["params"], key=lambda p: p.numel())
         states = state_dtypes(rule, group, largest).values()
-        return self._choose(rule, group, largest.device, (largest.dtype, largest.dtype, *states))
+        shrink, l2 = (None, None) if rule.own_decay else _decay(group)
+        variant = Variant(l2 is not None, group["cautious"], group["cautious_weight_decay"] and shrink is not None)
+        return self._choose(rule, group, largest.device, (largest.dtype, largest.dtype, *states), variant)
 
     @property
     def implementations(self) -> dict[str, str]:
@@ -299,7 +312,7 @@ class Optimizer(torch.optim.Optimizer):
             params = group["params"]
             held = sum(bytes_held(self.state[p]) for p in params if p in self.state)
             rule = find_rule(group["rule"])
-            planned = sum(p.numel() * dtype.itemsize for p in params for dtype in state_dtypes(rule, group, p).values())
+            planned = sum(planned_bytes(rule, group, p, layout_of(group, i)) for i, p in enumerate(params))
             rows.append(
                 {
                     "role": group["role"],
@@ -340,9 +353,12 @@ class Optimizer(torch.optim.Optimizer):
             rule = find_rule(group["rule"])
             for index, p in zip(ids, group["params"], strict=True):
                 # torch casts state to the parameter's dtype: that would round the float32 state of bfloat16 weights.
-                for name, dtype in state_dtypes(rule, group, p).items() if self.state.get(p) else ():
-                    if self.state[p][name].dtype != dtype:
-                        self.state[p][name] = state_dict["state"][index][name].to(device=p.device, dtype=dtype)
+                asked = state_dtypes(rule, group, p)
+                for name, saved in state_dict["state"].get(index, {}).items():
+                    if isinstance(saved, Tensor):
+                        dtype = asked.get(name, saved.dtype)
+                        if self.state[p][name].dtype != dtype:
+                            self.state[p][name] = saved.to(device=p.device, dtype=dtype)
 
 
 def _refuse_unknown(spec: Rule, hyper: Mapping[str, Any]) -> None:
@@ -357,9 +373,13 @@ def _checked(spec: Rule, group: Mapping[str, Any]) -> dict[str, Any]:
     for key in (*COMMON, *spec.defaults):
         value = plain(group[key])
         still = key == "lr" and type(value) in (int, float) and value == 0  # only a configuration refuses it
-        checked[key] = 0.0 if still else check_value(key, value, field=f"{spec.name}.{key}")
+        checked[key] = 0.0 if still else check_value(f"{spec.name}.{key}", value)
     if checked.get("initial_lr") is not None:
         checked["initial_lr"] = plain(checked["initial_lr"])
+    if checked["cautious"] and spec.writes:
+        raise ConfigError(
+            f"{spec.name}.cautious", True, f"{spec.name} writes its weights itself: false is all it can do"
+        )
     asked, possible = checked["implementation"], kernels.possible(spec)
     if asked != "auto" and asked not in possible:
         raise ConfigError(f"{spec.name}.implementation", asked, f"{spec.name} has auto, {', '.join(possible)}")
@@ -383,13 +403,3 @@ def _decay(group: Mapping[str, Any]) -> tuple[float | None, float | None]:
     if group["weight_decay_mode"] == "independent":
         return 1 - lr / (group.get("initial_lr") or lr) * wd if lr else None, None
     return 1 - lr * wd, None
-
-
-def _local(tensors: list[Tensor]) -> list[Tensor]:
-    """The parts of DTensors on this rank (the gradient laid out as its weight); plain tensors as they are."""
-    p, g, *states = tensors
-    if not hasattr(p, "to_local"):
-        return tensors
-    if g.placements != p.placements:
-        g = g.redistribute(placements=p.placements)
-    return [local(t) for t in (p, g, *states)]

@@ -75,10 +75,11 @@ def scalars(step: int, group: Mapping[str, Any]) -> dict[str, float]:
     return {"lr": group["lr"], "new1": 1 - beta1, "new2": 1 - beta2}
 
 
-def update(p: Any, g: Any, m: Any, *, lr: float, new1: float, new2: float) -> None:
-    """One step in place. ``lerp(m, g, w)`` is ``(1 - w) m + w g``."""
-    p.sub_(torch.lerp(m, g, new1).sign_().mul_(lr))
+def update(p: Any, g: Any, m: Any, *, lr: float, new1: float, new2: float) -> Any:
+    """The step; the states are written. ``lerp(m, g, w)`` is ``(1 - w) m + w g``."""
+    step = torch.lerp(m, g, new1).sign_().mul_(lr)
     m.lerp_(g, new2)
+    return step
 
 
 RULE = Rule("lion", update, scalars, state=("exp_avg",), defaults={"betas": (0.9, 0.99)}, traffic=20)

@@ -79,7 +79,9 @@ def _group(config: Mapping[str, Any], entry: Mapping[str, Any], field: str) -> d
     group |= {key: value for key, value in entry.items() if key in keys}
     for key, value in group.items():
         if key != "clip_group":
-            group[key] = check_value(key, value, field=f"{field}.{key}" if key in entry else f"optimizer.{key}")
+            group[key] = check_value(
+                f"{rule.name}.{key}", value, field=f"{field}.{key}" if key in entry else f"optimizer.{key}"
+            )
     for place, source in (("optimizer", config), (field, entry)):
         scale = check_value("lr_scale", source.get("lr_scale", 1.0), field=f"{place}.lr_scale")
         group["lr"] = group.get("lr", COMMON["lr"]) * scale

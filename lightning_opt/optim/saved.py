@@ -57,8 +57,10 @@ def fitted(state_dict: Mapping[str, Any], groups: list[dict[str, Any]]) -> dict[
 
 def _counted(state: Mapping[str, Any], rule: str, field: str) -> dict[str, Any]:
     """One parameter's state with its step as an int (torch saves a tensor)."""
-    wanted = {"step", *find_rule(rule).state}
-    if set(state) != wanted:
+    spec = find_rule(rule)
+    wanted = {"step", *spec.state, *(spec.measure.state if spec.measure else ())}
+    found = set(state) - {"since"}
+    if found != wanted and not (spec.initial is not None and found > wanted):
         raise ConfigError(field, sorted(state), f"the checkpoint's must be {', '.join(sorted(wanted))} for {rule}")
     return {**state, "step": int(state["step"])}
 

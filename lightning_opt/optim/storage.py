@@ -23,6 +23,25 @@ def state_dtypes(rule: Rule, group: Mapping[str, Any], p: Tensor) -> dict[str, t
     return {name: torch.float32 if name in rule.wide_state else asked for name in rule.state}
 
 
+def fresh_state(rule: Rule, group: Mapping[str, Any], p: Tensor, layout: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A parameter's states before its first update, on its device."""
+    state = {
+        name: torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+        for name, dtype in state_dtypes(rule, group, p).items()
+    }
+    if rule.measure is not None and rule.measure.state:
+        assert rule.measure.block is not None
+        blocks = max(1, local(p).numel() // max(1, rule.measure.block(local(p), layout)))
+        exact = torch.float64 if p.dtype == torch.float64 else torch.float32
+        state |= {name: torch.zeros(blocks, dtype=exact, device=p.device) for name in rule.measure.state}
+    return state if rule.initial is None else state | rule.initial(p, group, layout)
+
+
+def planned_bytes(rule: Rule, group: Mapping[str, Any], p: Tensor, layout: Mapping[str, Any]) -> int:
+    """Bytes of state that a parameter will have, over all ranks."""
+    return bytes_held(fresh_state(rule, group, torch.empty(p.shape, dtype=p.dtype, device="meta"), layout))
+
+
 def bytes_held(state: Mapping[str, Any]) -> int:
     """Bytes of a parameter's state on this process, measured."""
     return sum(local(value).nbytes for value in state.values() if isinstance(value, Tensor))

@@ -183,7 +183,9 @@ RULES: dict[str, Rule] = {
     "momentum": _number(**_FRACTION, hint="typical 0.9 to 0.98"),
     "max_grad_norm": _positive("typical 1", none="no clipping"),
     "state_dtype": _choice("float32", "bfloat16"),
-    "implementation": _choice("auto", "eager", "foreach", "compiled", "fused"),
+    "implementation": _choice("auto", "eager", "foreach", "compiled", "fused", "whole"),
+    "cautious": Rule("bool"),
+    "cautious_weight_decay": Rule("bool"),
     "weight_decay_mode": _choice("decoupled", "independent", "l2"),
     # schedule
     "schedule.name": _choice("linear", "cosine", "wsd", "constant"),

@@ -366,6 +366,9 @@ def _origins(jobs: Sequence[Job]) -> list[str]:
     return said
 
 
+_HANDOVER_S = 10.0  # a sweep starts the next process while the last one is still leaving
+
+
 def _at_once(jobs: Sequence[Job]) -> bool:
     """Whether two processes that ran jobs on one host lived at the same time, by their owners' first and last signs."""
     ends: dict[tuple[str, float, str], float] = {}
@@ -376,4 +379,4 @@ def _at_once(jobs: Sequence[Job]) -> bool:
             process = (str(owner.get("host")), started, str(owner.get("pid")))  # a worker may run job after job
             ends[process] = max(ended, ends.get(process, ended))
     spans = sorted(ends.items())
-    return any(before[0] == after[0] and after[1] < end for (before, end), (after, _) in pairwise(spans))
+    return any(before[0] == after[0] and after[1] < end - _HANDOVER_S for (before, end), (after, _) in pairwise(spans))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_opt import kernels, optim
-from lightning_opt.kernels import Bucket, Many, Rule, compiled, device, foreach, native
+from lightning_opt.kernels import Bucket, Many, Rule, Variant, compiled, device, foreach, native
 
 needs_compiler = pytest.mark.skipif(not kernels.can_compile("cpu")[0], reason="no C++ compiler")
 
@@ -112,7 +112,7 @@ def test_cpp_rounds_to_bfloat16_as_torch_does():
     """Every pattern of the upper bits with the lower ones at, around and between the ties."""
     upper = torch.arange(1 << 16, dtype=torch.int32) << 16
     values = torch.cat([upper + low for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)]).view(torch.float32)
-    rule = Rule("rounding", lambda p, g, *, number: p.copy_(g), lambda s, g: {}, state=(), defaults={}, traffic=6)
+    rule = Rule("rounding", lambda p, g, *, number: p - g, lambda s, g: {}, state=(), defaults={}, traffic=6)
     narrow = Bucket([torch.zeros(len(values), dtype=torch.bfloat16)], [values], (), {"number": 0.0}, 1)
     native.run(rule, narrow)
     got, want = narrow.params[0], values.bfloat16()
@@ -127,7 +127,7 @@ def test_cpp_rounds_to_bfloat16_as_torch_does():
     threads=st.integers(1, 2),
 )
 def test_one_call_updates_every_element_of_a_list_once(sizes, threads):
-    rule = Rule("count", lambda p, g, m, *, number: (p.add_(g), m.add_(1.0)), lambda s, g: {}, ("m",), {}, 20)
+    rule = Rule("count", lambda p, g, m, *, number: -m.add_(1.0), lambda s, g: {}, ("m",), {}, 20)
     base = torch.arange(sum(sizes), dtype=torch.float64)
     weights = list(base.clone().split(sizes))  # neighbours in memory: a step too far would show
     grads, states = [torch.ones_like(w) for w in weights], [torch.zeros_like(w) for w in weights]
@@ -227,7 +227,7 @@ def test_a_rule_that_has_no_cpp_runs_as_foreach_and_says_so(caplog, monkeypatch)
 )
 def test_foreach_blocks_hold_every_element_once(sizes):
     counted = [torch.zeros(size) for size in sizes]
-    rows = (block for tensor in counted for block in foreach._blocks((tensor, tensor)))
+    rows = (block for tensor in counted for block in foreach._cut((tensor, tensor), 0))
     for part in foreach._lists(rows, foreach.BLOCK):
         assert sum(p.numel() for p, _ in part) <= foreach.BLOCK
         for p, _ in part:
@@ -290,8 +290,8 @@ def no_backend(graph, inputs):
 
 @pytest.mark.parametrize("where", ["C++", "graph"])
 def test_a_failing_compiler_falls_back_once_and_changes_nothing_twice(monkeypatch, caplog, where):
-    graph = compiled._graph(optim.find_rule("lion"), ("lr", "new1", "new2"), False)
-    monkeypatch.setattr(compiled, "_compiled", lambda *args: torch.compile(graph, backend=no_backend))
+    graph = compiled._graph(optim.find_rule("lion"), ("lr", "new1", "new2"), Variant())
+    monkeypatch.setattr(compiled, "_compiled", lambda *args: (torch.compile(graph, backend=no_backend), []))
     monkeypatch.setattr(compiled, "can_compile", lambda device: (True, "g++"))
     monkeypatch.setattr(compiled, "_broken", {})
     native._library.cache_clear()
@@ -345,7 +345,7 @@ def test_where_every_tensor_is_left_nothing_is_called(monkeypatch):
     def refuse(*_):
         raise AssertionError("called for no tensor: OpenMP takes no team of 0 threads")
 
-    monkeypatch.setattr(native, "_library", lambda *_: refuse)
+    monkeypatch.setattr(native, "_library", lambda *_: [refuse])
     rule = made("left", lambda p, g: p * g)
     assert native.run(rule, bucket(rule, [torch.ones(3, 2)], [torch.ones(2, 3).t()])) == [0]
 

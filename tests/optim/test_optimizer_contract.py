@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import io
 import math
@@ -24,11 +25,30 @@ STEPS = 24
 BETAS = {"betas": (0.9, 0.97)}
 
 
+@functools.cache
 def reference(name):
+    """The float64 version of a rule.
+
+    `run(weights, gradients, rates, **hyper)` returns the last weights and, for rules that take a sign, its arguments
+    step by step (else None). A module may also say:
+
+    - `HYPER`: hyperparameters that bring every term of the rule to bear;
+    - `FLOAT32`: how far float32 may be off, in units of the sum of the rates (rules that are not elementwise);
+    - `QUADRATIC`: the rate with which it descends the contract's quadratic.
+    """
     spec = importlib.util.spec_from_file_location(f"reference_{name}", REFERENCE / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.run
+    return module
+
+
+def shapes_of(name):
+    return [shape for shape in SHAPES if len(shape) >= optim.find_rule(name).least_ndim]
+
+
+def example(name, *shape):
+    """Shapes of a test made for vectors, as matrices where the rule takes nothing else."""
+    return shape if len(shape) >= optim.find_rule(name).least_ndim else (*shape, 2)
 
 
 def ways():
@@ -71,14 +91,20 @@ def trained(name, way, dtype, weights, grads, rates, **hyper):
 
 
 def hyper_of(name, **more):
-    return {**optim.find_rule(name).defaults, **BETAS, "weight_decay": 0.3, **more}
+    defaults = optim.find_rule(name).defaults
+    own = getattr(reference(name), "HYPER", BETAS if "betas" in defaults else {})
+    return {**defaults, "weight_decay": 0.3, **own, **more}
+
+
+def elementwise():
+    return [name for name in optim.list_optimizers() if optim.find_rule(name).elementwise]
 
 
 @pytest.mark.parametrize(("name", "way"), ways())
 def test_float64_equals_the_reference(name, way):
     skip_without_compiler(way)
-    weights, grads, rates = problem(torch.float64)
-    expected, _ = reference(name)(weights, grads, rates, **hyper_of(name))
+    weights, grads, rates = problem(torch.float64, shapes=shapes_of(name))
+    expected, _ = reference(name).run(weights, grads, rates, **hyper_of(name))
     params, optimizer = trained(name, way, torch.float64, weights, grads, rates, **hyper_of(name))
     assert next(iter(optimizer.implementations.values())).startswith(way)
     for p, want in zip(params, expected, strict=True):
@@ -90,22 +116,24 @@ def test_float64_equals_the_reference(name, way):
 def test_float32_equals_the_reference_within_rounding(name, way):
     """Where a rule takes a sign, the sign may flip only where its argument is a few ulp of its terms."""
     skip_without_compiler(way)
-    weights, grads, rates = problem(torch.float32, seed=1)
-    expected, arguments = reference(name)(weights, grads, rates, **hyper_of(name))
+    weights, grads, rates = problem(torch.float32, seed=1, shapes=shapes_of(name))
+    expected, arguments = reference(name).run(weights, grads, rates, **hyper_of(name))
     params, _ = trained(name, way, torch.float32, weights, grads, rates, **hyper_of(name))
     ulp = np.finfo(np.float32).eps
     for i, (p, want) in enumerate(zip(params, expected, strict=True)):
         allowed = STEPS * ulp * (np.abs(want) + np.abs(weights[i]) + sum(rates))
-        error = 0.0
+        slack = getattr(reference(name), "FLOAT32", 0.0) * sum(rates)
+        allowed, error = allowed + slack, 0.0
         for t in range(STEPS if arguments else 0):
             argument, size = arguments[t][i]
-            error = BETAS["betas"][1] * error + 2 * ulp * size  # each step rounds the momentum by some ulp of its terms
+            # each step rounds the momentum by some ulp of its terms
+            error = hyper_of(name)["betas"][1] * error + 2 * ulp * size
             allowed = allowed + 2 * rates[t] * (np.abs(argument) < error)
         assert np.all(np.abs(p.detach().numpy() - want) <= allowed)
-        assert np.mean(allowed > 1e-4) < 0.01, "the test allows too many flips to mean anything"
+        assert np.mean(allowed > 1e-4 + slack) < 0.01, "the test allows too many flips to mean anything"
 
 
-@pytest.mark.parametrize("name", optim.list_optimizers())
+@pytest.mark.parametrize("name", elementwise())
 def test_ways_agree_and_eager_is_foreach_bit_for_bit(name):
     weights, grads, rates = problem(torch.float32, seed=2)
     eager, _ = trained(name, "eager", torch.float32, weights, grads, rates, **hyper_of(name))
@@ -116,7 +144,7 @@ def test_ways_agree_and_eager_is_foreach_bit_for_bit(name):
 @pytest.mark.parametrize(("name", "way"), ways())
 def test_state_round_trip_resumes_bitwise(name, way):
     skip_without_compiler(way)
-    weights, grads, rates = problem(torch.float32, seed=3)
+    weights, grads, rates = problem(torch.float32, seed=3, shapes=shapes_of(name))
     straight, _ = trained(name, way, torch.float32, weights, grads, rates, **hyper_of(name))
     half = STEPS // 2
     params, optimizer = trained(name, way, torch.float32, weights, grads[:half], rates[:half], **hyper_of(name))
@@ -153,24 +181,30 @@ def test_bfloat16_weights_keep_their_dtype_and_the_state_its_own(name, way, stat
     assert p.dtype == torch.bfloat16
     assert not torch.equal(p, before)
     rule = optim.find_rule(name)
-    wanted = {n: torch.float32 if n in rule.wide_state else getattr(torch, state_dtype) for n in rule.state}
-    assert {n: optimizer.state[p][n].dtype for n in rule.state} == wanted
+    narrow = getattr(torch, state_dtype)
+    wanted = {n: torch.float32 if n in rule.wide_state else narrow for n in rule.state if n in optimizer.state[p]}
+    assert {n: optimizer.state[p][n].dtype for n in wanted} == wanted
     other = make(name, [p], implementation=way, state_dtype=state_dtype)
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    assert {n: other.state[p][n].dtype for n in rule.state} == wanted
-    assert all(torch.equal(other.state[p][n], optimizer.state[p][n]) for n in rule.state)
+    assert {n: other.state[p][n].dtype for n in wanted} == wanted
+    tensors = {n: t for n, t in optimizer.state[p].items() if torch.is_tensor(t)}
+    assert all(torch.equal(other.state[p][n], t) and other.state[p][n].dtype == t.dtype for n, t in tensors.items())
     assert type(other.state[p]["step"]) is int
     assert optimizer.state_bytes() == sum(row["state_bytes"] for row in optimizer.routing_table())
-    assert optimizer.state_bytes() == p.numel() * sum(dtype.itemsize for dtype in wanted.values())
+    assert optimizer.state_bytes() == sum(t.nbytes for t in tensors.values())
+    if rule.elementwise and rule.measure is None and rule.initial is None:
+        assert optimizer.state_bytes() == p.numel() * sum(dtype.itemsize for dtype in wanted.values())
+    fresh = make(name, [p], state_dtype=state_dtype)  # what it says before it has any
+    assert fresh.routing_table()[0]["state_bytes"] == optimizer.state_bytes()
 
 
 @pytest.mark.parametrize("name", optim.list_optimizers())
 def test_bfloat16_update_is_the_float32_update_rounded_once(name):
-    start, grad = torch.randn(50).bfloat16(), torch.randn(50).bfloat16()
+    start, grad = torch.randn(example(name, 50)).bfloat16(), torch.randn(example(name, 50)).bfloat16()
     results = []
     for dtype in (torch.bfloat16, torch.float32):
         p = nn.Parameter(start.clone().to(dtype))
-        optimizer = make(name, [p], lr=1e-2, implementation="eager")
+        optimizer = make(name, [p], lr=1e-2)
         p.grad = grad.to(dtype)
         optimizer.step()
         results.append(p.detach().bfloat16())
@@ -179,7 +213,7 @@ def test_bfloat16_update_is_the_float32_update_rounded_once(name):
 
 @pytest.mark.parametrize("name", optim.list_optimizers())
 def test_closure_is_called_once_with_gradients_enabled_and_before_anything_else(name):
-    p = nn.Parameter(torch.ones(3))
+    p = nn.Parameter(torch.ones(example(name, 3)))
     optimizer = make(name, [p], lr=0.1)
     calls = []
 
@@ -193,33 +227,35 @@ def test_closure_is_called_once_with_gradients_enabled_and_before_anything_else(
     optimizer.register_before_update_hook(lambda o: calls.append(("hook", p.grad.clone(), p.detach().clone())))
     with torch.no_grad():
         loss = optimizer.step(closure)
-    assert loss.item() == 3.0
+    assert loss.item() == p.numel()
     assert len(calls) == 2
     assert calls[0][0] is True
     assert calls[1][0] == "hook"
-    assert torch.equal(calls[1][1], torch.full((3,), 2.0))
-    assert torch.equal(calls[1][2], torch.ones(3))
-    assert not torch.equal(p, torch.ones(3))
+    assert torch.equal(calls[1][1], torch.full_like(p, 2.0))
+    assert torch.equal(calls[1][2], torch.ones_like(p))
 
 
 @pytest.mark.parametrize("name", optim.list_optimizers())
 def test_absent_gradients_are_left_alone(name):
-    used, unused, frozen = (nn.Parameter(torch.ones(4)) for _ in range(3))
+    ones = torch.ones(example(name, 4))
+    used, unused, frozen = (nn.Parameter(ones.clone()) for _ in range(3))
     frozen.requires_grad_(False)
     optimizer = make(name, [used, unused, frozen], lr=0.1, weight_decay=0.5)
-    used.grad = torch.ones(4)
-    optimizer.step()
-    assert torch.equal(unused, torch.ones(4))
-    assert torch.equal(frozen, torch.ones(4))
-    assert not torch.equal(used, torch.ones(4))
+    for _ in range(2):  # SOAP's first step only looks
+        used.grad = ones.clone()
+        optimizer.step()
+    assert torch.equal(unused, ones)
+    assert torch.equal(frozen, ones)
+    assert not torch.equal(used, ones)
     assert list(optimizer.state) == [used]
 
 
 @pytest.mark.parametrize("name", optim.list_optimizers())
 def test_a_late_parameter_starts_at_its_own_first_step(name):
     """Bias correction counts a parameter's own updates, not the optimizer's."""
-    grads = [torch.full((4,), 0.5), torch.full((4,), -1.5)]
-    late, early, alone = (nn.Parameter(torch.ones(4)) for _ in range(3))
+    shape = example(name, 4)
+    grads = [torch.full(shape, 0.5), torch.full(shape, -1.5)]
+    late, early, alone = (nn.Parameter(torch.ones(shape)) for _ in range(3))
     together = make(name, [early, late], lr=0.1)
     for k, grad in enumerate(grads):
         early.grad = grad.clone()
@@ -234,11 +270,13 @@ def test_a_late_parameter_starts_at_its_own_first_step(name):
 @pytest.mark.parametrize(("name", "way"), ways())
 def test_descends_a_quadratic(name, way):
     skip_without_compiler(way)
-    scale = torch.logspace(0, 2, 20)
-    p = nn.Parameter(torch.ones(20))
-    optimizer = make(name, [p], lr=0.02, implementation=way)
+    shape = example(name, 20)
+    rate = getattr(reference(name), "QUADRATIC", 0.02)
+    scale = torch.logspace(0, 2, torch.Size(shape).numel()).reshape(shape)
+    p = nn.Parameter(torch.ones(shape))
+    optimizer = make(name, [p], lr=rate, implementation=way)
     for k in range(200):
-        optimizer.param_groups[0]["lr"] = 0.02 * (1 - k / 200)
+        optimizer.param_groups[0]["lr"] = rate * (1 - k / 200)
         optimizer.zero_grad()
         (scale * p**2).sum().backward()
         optimizer.step()
@@ -252,7 +290,8 @@ def test_awkward_layouts(name):
     base, grad = torch.randn(200, 150), torch.randn(200, 150)
     plain, transposed = nn.Parameter(base.clone()), nn.Parameter(base.t().contiguous().t())
     assert not transposed.is_contiguous()
-    for way in ("foreach", "compiled") if kernels.can_compile("cpu")[0] else ("foreach",):
+    ways = kernels.possible(optim.find_rule(name))
+    for way in [way for way in ways if way != "fused" and (way != "compiled" or kernels.can_compile("cpu")[0])]:
         optimizer = make(name, [plain, transposed], lr=0.1, implementation=way)
         plain.grad, transposed.grad = grad.clone(), grad.clone()
         optimizer.step()
@@ -261,12 +300,11 @@ def test_awkward_layouts(name):
 
 @pytest.mark.parametrize("name", optim.list_optimizers())
 def test_wrong_hyperparameters_are_refused_in_one_line(name):
-    p = [nn.Parameter(torch.ones(2))]
-    for wrong, word in [
-        ({"lrr": 3.0}, "lr"),
-        ({"weight_deca": 0.1}, "weight_decay"),
-        ({"bettas": (0.9, 0.9)}, "betas"),
-    ]:
+    p = [nn.Parameter(torch.ones(example(name, 2)))]
+    misspelt = [({"lrr": 3.0}, "lr"), ({"weight_deca": 0.1}, "weight_decay")]
+    if "betas" in optim.find_rule(name).defaults:
+        misspelt.append(({"bettas": (0.9, 0.9)}, "betas"))
+    for wrong, word in misspelt:
         with pytest.raises(ConfigError) as error:
             make(name, p, **wrong)
         assert "\n" not in str(error.value)
@@ -278,10 +316,11 @@ def test_wrong_hyperparameters_are_refused_in_one_line(name):
         {"lr": False},
         {"lr": torch.tensor([-1.0])},
         {"lr": torch.ones(2)},
-        {"betas": (0.9,)},
-        {"betas": (0.9, 1.0)},
         {"weight_decay": -0.1},
+        {"cautious": "yes"},
     ]
+    if "betas" in optim.find_rule(name).defaults:
+        bad += [{"betas": (0.9,)}, {"betas": (0.9, 1.0)}]
     for wrong in [*bad, {"state_dtype": "int3"}, {"implementation": "magic"}, {"max_grad_norm": 0.0}]:
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             make(name, p, **wrong)
@@ -293,13 +332,13 @@ def test_wrong_hyperparameters_are_refused_in_one_line(name):
 
 @pytest.mark.parametrize("name", optim.list_optimizers())
 def test_impossible_parameters_are_refused(name):
-    p = nn.Parameter(torch.ones(2))
+    p = nn.Parameter(torch.ones(example(name, 2)))
     with pytest.raises(ValueError, match="twice"):
         make(name, [p, p])
     with pytest.raises(ValueError, match="more than one parameter group"):
         make(name, [{"params": [p]}, {"params": [p]}])
     with pytest.raises(ValueError, match="complex"):
-        make(name, [nn.Parameter(torch.ones(2, dtype=torch.complex64))])
+        make(name, [nn.Parameter(torch.ones(example(name, 2), dtype=torch.complex64))])
     table = nn.Embedding(10, 4, sparse=True)
     optimizer = make(name, table.parameters(), max_grad_norm=None)
     table(torch.tensor([1])).sum().backward()
@@ -314,7 +353,9 @@ def test_the_yaml_builds_the_rule_of_its_name(name):
     config = yaml.safe_load((CONF / f"{name}.yaml").read_text())
     assert config["name"] == name
     optimizer = optim.build(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), config)
-    assert {group["rule"] for group in optimizer.param_groups} == {name}
+    rules = {group["role"]: group["rule"] for group in optimizer.param_groups}
+    assert rules["matrix"] == name
+    assert set(rules.values()) == {name} or optim.find_rule(name).least_ndim > 1
     assert {group["role"]: group["weight_decay"] > 0 for group in optimizer.param_groups} == {
         "matrix": True,
         "norm": False,

@@ -123,7 +123,10 @@ def test_a_speed_up_is_a_headline_only_where_it_is_shown(tmp_path: Path) -> None
     assert "Mind that Lion's lead over AdamW is not shown to be beyond noise" in page.text
 
 
-@pytest.mark.parametrize(("times", "together"), [(((0, 50), (49, 90)), True), (((0, 50), (51, 90)), False)])
+@pytest.mark.parametrize(
+    ("times", "together"),
+    [(((0, 50), (30, 90)), True), (((0, 50), (49, 90)), False), (((0, 50), (51, 90)), False)],  # 49: a handover
+)
 def test_jobs_that_ran_at_the_same_time_are_noticed(tmp_path: Path, times: Any, together: bool) -> None:
     Status(tmp_path / "status.json", "1a2b3c4d").write()
     owner = read_json(tmp_path / "status.json")["owner"]  # as a run leaves it; a calm one leaves no event
