@@ -117,9 +117,10 @@ def keep(page: Page, where: dict[str, Any], out: Path | None = None, *, suffix: 
 
 
 def _decisive(arguments: Sequence[str]) -> list[str]:
-    """The arguments without where the page goes: a folder's name tells nothing and is this machine's own."""
+    """The arguments without where the page and runs go: a folder's name tells nothing and is this machine's own."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--out")
+    parser.add_argument("--folder")
     return parser.parse_known_args(arguments)[1]
 
 

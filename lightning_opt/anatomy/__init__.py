@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = attach(
     {
         "tree": ["Anatomy", "ParameterInfo", "describe"],
         "roles": ["ROLES"],
+        "layouts": ["LAYOUT", "find_layouts"],
         "experts": ["ExpertLayer", "find_expert_layers"],
     },
 )

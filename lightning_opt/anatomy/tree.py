@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
 from lightning_opt.anatomy.experts import ExpertLayer, find_expert_layers
+from lightning_opt.anatomy.layouts import find_layouts
 from lightning_opt.anatomy.roles import embedding_ids, head_ids, role_by_shape
 
 
@@ -20,6 +23,7 @@ class ParameterInfo:
         role: one of `ROLES`.
         module_type: class name of the module that holds it first.
         tied_names: its other names, where weights are tied.
+        layout: which matrices its rows are (see `anatomy.layouts`), {} where the model does not tell.
     """
 
     name: str
@@ -27,6 +31,7 @@ class ParameterInfo:
     role: str
     module_type: str
     tied_names: tuple[str, ...] = ()
+    layout: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ def describe(model: nn.Module) -> Anatomy:
         model: any module: a language model of transformers, torch's own layers, a plain network, also wrapped.
     """
     embeddings, heads = embedding_ids(model), head_ids(model)
-    layers = find_expert_layers(model)
+    layers, layouts = find_expert_layers(model), find_layouts(model)
     experts = {id(p) for layer in layers for p in layer.experts}
     routers = {id(p) for layer in layers for p in layer.routers}
     names: dict[int, list[str]] = {}
@@ -86,7 +91,9 @@ def describe(model: nn.Module) -> Anatomy:
                 role = "expert"
             else:
                 role = role_by_shape(module, parameter)
-            infos.append(ParameterInfo(names[key][0], parameter, role, type(module).__name__, tuple(names[key][1:])))
+            first, *tied = names[key]
+            layout = layouts.get(key, {})
+            infos.append(ParameterInfo(first, parameter, role, type(module).__name__, tuple(tied), layout))
     return _counted(infos, layers)
 
 

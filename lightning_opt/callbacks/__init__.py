@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = attach(
         "throughput": ["Throughput"],
         "memory": ["Memory"],
         "stability": ["Stability"],
+        "signals": ["OptimizerSignals"],
         "loss_guard": ["LossGuard", "Rewind"],
         "averaging": ["EMA", "averages"],
         "progress": ["Progress"],

@@ -16,7 +16,8 @@ class EMA(EMAWeightAveraging):
 
     Validation sees the average, and so does everything after the last step: the exported model, evaluation. Checkpoints
     hold both, the average as ``state_dict`` and the trained weights beside it, also one that is saved within a
-    validation. A skipped step counts: the average moves towards weights that stayed where they were.
+    validation or after the last step. A skipped step counts: the average moves towards weights that stayed where they
+    were.
 
     Buffers are copied, not averaged: whole numbers have no average. A run that was already complete when it was resumed
     trains nothing more, so that Lightning would leave it with the trained weights; here it has the average.
@@ -34,18 +35,35 @@ class EMA(EMAWeightAveraging):
     def __init__(self, decay: float = 0.999, **more: Any) -> None:
         check_value("callbacks.EMA.decay", decay, field="ema.decay")
         super().__init__(decay=decay, **{"use_buffers": False, **more})
-        self._exchanged = False  # within a validation the module holds the average
+        self._exchanged = False  # within a validation, and at the end, the module holds the average
+        self._over = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Makes the average; refuses weights that no process has whole."""
         if isinstance(trainer.strategy, pl.strategies.ModelParallelStrategy | pl.strategies.FSDPStrategy):
             raise ConfigError("callbacks", "ema", "needs whole weights on every rank: trainer.strategy=ddp")
-        self._exchanged = False
+        if stage == "fit":
+            self._exchanged = self._over = False
         super().setup(trainer, pl_module, stage)
 
     def _swap_models(self, pl_module: pl.LightningModule) -> None:
         super()._swap_models(pl_module)
         self._exchanged = not self._exchanged
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Hands the average out; the trained weights are kept in its place for whoever saves after this."""
+        self._swap_models(pl_module)
+        self._over = True
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Puts the average into the module, where it is not there for good."""
+        if not self._over:
+            super().on_validation_epoch_start(trainer, pl_module)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Takes it out again."""
+        if not self._over:
+            super().on_validation_epoch_end(trainer, pl_module)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

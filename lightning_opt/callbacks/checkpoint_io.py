@@ -36,8 +36,9 @@ class CheckpointIO(TorchCheckpointIO):
         """The tree of a folder, verified, on the CPU.
 
         Raises:
-            Damaged: it is not what was written.
+            Damaged: it is not what was written, or is gone since it was verified.
         """
-        if not Path(path).is_dir():
+        verified = Path(path) == self.verified
+        if not (verified or Path(path).is_dir()):
             return super().load_checkpoint(path, *args, **kwargs)
-        return read(path, verified=Path(path) == self.verified)
+        return read(path, verified=verified)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 from lightning_opt.callbacks.plain_lines import duration, number
@@ -23,7 +25,8 @@ class LiveBar:
     def __init__(self, display: Any, total: int | None, step: int) -> None:
         self._display, self._total, self._fields, self._note = display, total, {}, ""
         self._task = display.add_task("", total=total, completed=step, text="")
-        display.start()
+        with self._while_seen():
+            display.start()
 
     @classmethod
     def on(cls, stream: TextIO, total: int | None, step: int) -> LiveBar | None:
@@ -38,7 +41,9 @@ class LiveBar:
         except ImportError:
             return None
         text = TextColumn("{task.fields[text]}", markup=False, table_column=Column(no_wrap=True, overflow="crop"))
-        display = Display(BarColumn(BAR_WIDTH), text, console=Console(file=stream), auto_refresh=False)
+        console = Console(file=stream)
+        console.on_broken_pipe = lambda: setattr(console, "quiet", True)  # type: ignore[method-assign]  # rich would exit
+        display = Display(BarColumn(BAR_WIDTH), text, console=console, auto_refresh=False)
         return cls(display, total, step)
 
     def update(
@@ -69,7 +74,8 @@ class LiveBar:
             self._fields["val"] = f"val {number(val)}"
         self._note = self._note if note is None else note
         self._display.update(self._task, completed=step, text=self._fit(self._display.console.width - BAR_WIDTH - 2))
-        self._display.refresh()
+        with self._while_seen():
+            self._display.refresh()
 
     def _fit(self, width: int) -> str:
         names = [name for name in ORDER if name in self._fields]
@@ -82,4 +88,13 @@ class LiveBar:
 
     def close(self) -> None:
         """Draws for the last time and gives the terminal back."""
-        self._display.stop()
+        with self._while_seen():
+            self._display.stop()
+
+    @contextmanager
+    def _while_seen(self) -> Iterator[None]:
+        """A terminal that is gone ends the drawing, not the run."""
+        try:
+            yield
+        except OSError:
+            self._display.console.quiet = True

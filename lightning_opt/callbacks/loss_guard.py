@@ -201,7 +201,7 @@ class LossGuard(pl.Callback):
         self._look()
         values = self._values(norm)
         most = self._bounds()
-        rate = max(float(group["lr"]) for group in optimizer.param_groups)
+        rate = max(float(group["lr"]) * group.get("lr_factor", 1.0) for group in optimizer.param_groups)
         first = self._last_batch if self._first_batch is None else self._first_batch
         batches = range(first, self._last_batch + 1)
         self._first_batch = None

@@ -6,6 +6,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TextIO
 
 import lightning.pytorch as pl
@@ -108,7 +109,8 @@ class Progress(ProgressBar):
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """Notes the rate: when the batch ends, the scheduler has moved on."""
         if self._enabled and (groups := optimizer.param_groups):  # Lightning's stand-in for no optimizer has none
-            self._rate = groups[min(self._largest, len(groups) - 1)]["lr"]
+            group = groups[min(self._largest, len(groups) - 1)]
+            self._rate = group["lr"] * group.get("lr_factor", 1.0)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -243,8 +245,9 @@ class Progress(ProgressBar):
         log_line(line)
         if not self._bar:
             stream = self._stream or sys.stdout
-            stream.write(line + "\n")
-            stream.flush()
+            with suppress(OSError):  # a full disk, a reader that is gone: the log has it
+                stream.write(line + "\n")
+                stream.flush()
 
     def _close(self) -> None:
         if self._bar:

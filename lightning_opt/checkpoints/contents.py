@@ -36,7 +36,7 @@ def read(path: Path | str, *, verified: bool = False) -> dict[str, Any]:
         return load(path)
     except pickle.UnpicklingError as error:
         raise Damaged(path, f"{STATE} holds more than tensors and plain types") from error
-    except Exception as error:  # whole as the manifest has it, and yet no checkpoint of ours
+    except Exception as error:  # whole as the manifest has it, and yet no checkpoint of ours; or gone since
         raise Damaged(path, f"cannot be loaded ({type(error).__name__}: {error})") from error
 
 

@@ -22,11 +22,12 @@ class Damaged(ValueError):
     Args:
         path: the checkpoint's folder.
         reason: which file, and what is wrong with it.
+        unreadable: nothing says that it is damaged: it could not be read, or is of another version's format.
     """
 
-    def __init__(self, path: Path, reason: str) -> None:
-        self.path, self.reason = Path(path), " ".join(reason.split())
-        super().__init__(self.path, self.reason)
+    def __init__(self, path: Path, reason: str, unreadable: bool = False) -> None:
+        self.path, self.reason, self.unreadable = Path(path), " ".join(reason.split()), unreadable
+        super().__init__(self.path, self.reason, unreadable)
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"
@@ -99,22 +100,22 @@ def verify(path: Path | str) -> Checkpoint:
             if digest(path / name) != entry["sha256"]:
                 raise Damaged(path, f"{name} is not what was written (its sha256 differs)")
         except OSError as error:
-            raise Damaged(path, f"{name} cannot be read ({error.strerror or error})") from error
+            raise _not_read(path, name, error) from error
     return checkpoint
 
 
-def newest_good(root: Path | str, on_bad: Callable[[Path, str], None]) -> Checkpoint | None:
+def newest_good(root: Path | str, on_bad: Callable[[Damaged], None]) -> Checkpoint | None:
     """The checkpoint of the highest step whose every byte is as written; None if there is none.
 
     Args:
         root: a run's ``checkpoints/``; it need not exist.
-        on_bad: told the path of each worse one that is newer, and the reason; those stay where they are.
+        on_bad: told of each worse one that is newer; those stay where they are.
     """
     for path in _folders(Path(root)):
         try:
             return verify(path)
         except Damaged as error:
-            on_bad(error.path, error.reason)
+            on_bad(error)
     return None
 
 
@@ -126,17 +127,17 @@ def read_manifest(path: Path) -> Checkpoint:
     """
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
+        if manifest["format"] != FORMAT:
+            raise Damaged(path, f"{MANIFEST} has format {manifest['format']}; this version reads {FORMAT}", True)
         if manifest.pop("sha256") != _own_digest(manifest):
             raise Damaged(path, f"{MANIFEST} is not what was written (its sha256 differs)")
-        if manifest["format"] != FORMAT:
-            raise Damaged(path, f"{MANIFEST} has format {manifest['format']}; this version reads {FORMAT}")
         return Checkpoint(path, manifest["step"], manifest)
     except Damaged:
         raise
     except FileNotFoundError:
         raise Damaged(path, f"{MANIFEST} is missing: the checkpoint is not complete") from None
     except OSError as error:
-        raise Damaged(path, f"{MANIFEST} cannot be read ({error.strerror or error})") from error
+        raise _not_read(path, MANIFEST, error) from error
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise Damaged(path, f"{MANIFEST} is no manifest ({type(error).__name__})") from error
 
@@ -178,6 +179,11 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _not_read(path: Path, name: str, error: OSError) -> Damaged:
+    missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+    return Damaged(path, f"{name} cannot be read ({error.strerror or error})", unreadable=not missing)
+
+
 def _own_digest(manifest: dict[str, Any]) -> str:
     text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
@@ -185,6 +191,9 @@ def _own_digest(manifest: dict[str, Any]) -> str:
 
 def _folders(root: Path) -> list[Path]:
     """What is called ``step-<digits>`` below a folder, highest first."""
-    names = root.iterdir() if root.is_dir() else ()
+    try:
+        names = list(root.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
     steps = {path: int(match[1]) for path in names if (match := _NAME.fullmatch(path.name))}
     return sorted(steps, key=steps.__getitem__, reverse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -145,7 +146,29 @@ class Store:
 
 
 def _set_nice(thread: threading.Thread, more: int) -> None:
-    """Lets a thread step back behind this one, which only Linux can; 0 takes it back, where the user may."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):  # it is done already, or we are not root
-            os.setpriority(os.PRIO_PROCESS, thread.native_id or 0, os.getpriority(os.PRIO_PROCESS, 0) + more)
+    """Lets a thread step back behind this one, and 0 takes it back: only on Linux, and for whom both are allowed."""
+    if thread.is_alive() and thread.native_id is not None and _may_take_back():
+        with contextlib.suppress(OSError):  # it is done already
+            os.setpriority(os.PRIO_PROCESS, thread.native_id, os.getpriority(os.PRIO_PROCESS, 0) + more)
+
+
+@functools.cache
+def _may_take_back() -> bool:
+    """Whether a thread that stepped back may come forward again, tried out: else a save that is waited for would crawl.
+
+    Root may, outside of most containers; others where `ulimit -e` says so.
+    """
+    may = []
+
+    def attempt() -> None:
+        mine = os.getpriority(os.PRIO_PROCESS, 0)
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, 0, mine + 1)
+            os.setpriority(os.PRIO_PROCESS, 0, mine)
+            may.append(True)
+
+    if sys.platform == "linux":  # elsewhere it would be the whole process
+        thread = threading.Thread(target=attempt, name="nice")
+        thread.start()
+        thread.join()
+    return bool(may)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from lightning_opt.plan import RunPlan, with_data
+from lightning_opt.plan import ConfigError, RunPlan, with_data
 from lightning_opt.plan import flops_per_token as flops_of_shape
 from lightning_opt.plan import identity as config_identity
 from lightning_opt.run_folder import RunFolder, append_event
@@ -31,10 +31,14 @@ def module(config: dict[str, Any], plan: RunPlan, model: Any, optimizer: Any, to
     from lightning_opt import training
     from lightning_opt.optim import schedules
 
+    schedule = config["schedule"]
+    if optimizer.averages and (schedule["name"] != "constant" or schedule["warmup"]):
+        what = "must be flat beside an optimizer that averages its iterates and warms up by itself: schedule=flat"
+        raise ConfigError("schedule", schedule["name"], what)
     return training.PretrainModule(
         model,
         optimizer,
-        schedules.build(config["schedule"], plan.max_steps),
+        schedules.build(schedule, plan.max_steps),
         corpora=_validation_weights(token_data),
         token_bytes=token_data.token_bytes,
         z_loss=config["model"].get("z_loss") or 0.0,

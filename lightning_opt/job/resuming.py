@@ -52,7 +52,8 @@ def check_named(config: dict[str, Any], now: dict[str, Any]) -> None:
 def choose(folder: RunFolder, config: dict[str, Any], now: dict[str, Any]) -> Start | None:
     """The newest good checkpoint of the run's own folder, else what ``resume=PATH`` names, else None: start anew.
 
-    Warns of each damaged one that it passes over, and writes down from where the run goes on.
+    Warns of each damaged one that it passes over, and writes down from where the run goes on. A run that has
+    checkpoints but no good one never starts over by itself.
 
     Args:
         folder: the run's.
@@ -60,15 +61,20 @@ def choose(folder: RunFolder, config: dict[str, Any], now: dict[str, Any]) -> St
         now: `plan.identity` of this run, data included.
 
     Raises:
-        ConfigError: the checkpoint is of another run than this in something that ``resume_allow`` does not name, or
-            the user named one that is damaged.
+        ConfigError: the checkpoint is of another run than this in something that ``resume_allow`` does not name, the
+            user named one that is damaged, or none of the run's own can be used; those stay where they are.
     """
     from lightning_opt.checkpoints import clear_leftovers  # heavy: a command is checked without it
 
     clear_leftovers(folder.checkpoints)
-    found, elsewhere = newest_good(folder.checkpoints, _tell_of(folder)), False
+    bad: list[Damaged] = []
+    found, elsewhere = newest_good(folder.checkpoints, bad.append), False
+    if found is None and bad:
+        raise _none_good(folder, config["resume"], bad)
     if found is None and starts_elsewhere(config["resume"]):
-        found, elsewhere = _good(config["resume"], _tell_of(folder)), True
+        found, elsewhere = _good(config["resume"], bad), True
+    for damage in bad:
+        _pass_over(damage, folder)
     if found is None:
         if folder.metrics.exists():
             append_event(folder.events, "restarted")
@@ -121,26 +127,35 @@ def _whole(look: Callable[[Path], Checkpoint], path: Path) -> Checkpoint:
         raise ConfigError("resume", str(path), f"must be whole, but {damage.reason}") from None
 
 
-def _good(where: str, on_bad: Callable[[Path, str], None]) -> Checkpoint:
-    """The checkpoint that a path means, its files compared with their hashes."""
+def _good(where: str, bad: list[Damaged]) -> Checkpoint:
+    """The checkpoint that a path means, its files compared with their hashes; `bad` takes those that it passes over."""
     newest = _named(where)[0]
     if _is_one(Path(where)):
         return _whole(verify, newest.path)
-    if (good := newest_good(newest.path.parent, on_bad)) is None:
-        raise ConfigError("resume", where, "holds no checkpoint that is not damaged")
+    if (good := newest_good(newest.path.parent, bad.append)) is None:
+        raise ConfigError("resume", where, f"holds no checkpoint that can be used: {_reasons(bad)}")
     return good
 
 
-def _tell_of(folder: RunFolder) -> Callable[[Path, str], None]:
-    def tell(path: Path, reason: str) -> None:
-        log.warning("resume     %s is damaged and passed over: %s", path, reason)
-        if path.parent == folder.checkpoints:
-            from lightning_opt.checkpoints import set_aside
+def _pass_over(damage: Damaged, folder: RunFolder) -> None:
+    """Says so; one of the run's own that is damaged goes out of the way, one that may be good tomorrow stays."""
+    what = "cannot be used" if damage.unreadable else "is damaged"
+    log.warning("resume     %s %s and passed over: %s", damage.path, what, damage.reason)
+    if damage.path.parent == folder.checkpoints and not damage.unreadable:
+        from lightning_opt.checkpoints import set_aside
 
-            log.warning("           it is kept as %s", set_aside(path))
-        append_event(folder.events, "checkpoint_bad", checkpoint=path.name, reason=reason)
+        log.warning("           it is kept as %s", set_aside(damage.path))
+    append_event(folder.events, "checkpoint_bad", checkpoint=damage.path.name, reason=damage.reason)
 
-    return tell
+
+def _none_good(folder: RunFolder, resume: str, bad: list[Damaged]) -> ConfigError:
+    anew = f"move {folder.path} away" if starts_elsewhere(resume) else "resume=never"
+    what = f"none of {folder.checkpoints} can be used: {_reasons(bad)}; to start anew: {anew}"
+    return ConfigError("resume", resume, what)
+
+
+def _reasons(bad: list[Damaged]) -> str:
+    return "; ".join(f"{damage.path.name}: {damage.reason}" for damage in bad)
 
 
 def _check(found: Checkpoint, config: dict[str, Any], now: dict[str, Any], own: RunFolder | None = None) -> list[str]:

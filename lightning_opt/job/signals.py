@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from lightning_opt.plan import place
@@ -107,7 +107,8 @@ class Signals:
         if self._awaits and first:
             if not self._passed_on:  # print could be what was interrupted
                 again = "once more" if echo < ECHO_S else f"once more, after {echo:.0f} s,"
-                os.write(2, f"\n{name}: {self._awaits}; {again} stops at once\n".encode())
+                with suppress(OSError):
+                    os.write(2, f"\n{name}: {self._awaits}; {again} stops at once\n".encode())
             return
         if self.over and not self._awaits:
             return

@@ -7,6 +7,7 @@ import logging
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -88,7 +89,8 @@ def run(
             outcome = _work(order, None, SimpleNamespace(step=0), here)
             signals.over = True
         if outcome.reason:  # the first rank may never get to hear of it
-            sys.stderr.write(f"{outcome.traceback}rank {here.rank}: {outcome.reason}\n")
+            with suppress(OSError):
+                sys.stderr.write(f"{outcome.traceback}rank {here.rank}: {outcome.reason}\n")
         return int(outcome.code)
     identity = read_status(folder.status).get("config_hash") or config_hash(config)
     with terminable() as signals, Status(folder.status, identity) as status, run_log(folder.log), guarding(config):
@@ -142,8 +144,12 @@ def _work(order: Order, folder: RunFolder | None, status: ranks.Steps, here: Pla
 
 
 def _train_through(order: Order, folder: RunFolder, status: ranks.Steps, group: Any) -> tuple[Any, Any]:
-    """Trains; where the loss guard asks for it, again from the newest good checkpoint and past the bad sequences."""
+    """Trains; where the loss guard asks for it, again from the newest good checkpoint and past the bad sequences.
+
+    Again too where another run has thinned out the checkpoint between the choice of it and its loading.
+    """
     from lightning_opt.callbacks import Rewind
+    from lightning_opt.checkpoints import Damaged
 
     rewound = (0, 0)
     while True:
@@ -155,6 +161,10 @@ def _train_through(order: Order, folder: RunFolder, status: ranks.Steps, group: 
                 log.warning("rewind     %d: %s", count, rewind)
                 told = {"step": rewind.step, "count": count, "not_before": not_before, "reason": str(rewind)}
                 append_event(folder.events, "rewound", **told)
+        except Damaged as damage:
+            if damage.path.exists() or order.plan.devices > 1:  # other ranks may have it in memory already
+                raise
+            log.warning("resume     %s is gone since it was chosen: choosing again", damage.path)
         gc.collect()  # Lightning's trainer is a circle, which holds the model
 
 

@@ -11,8 +11,9 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "rule": ["Bucket", "Measure", "Rule", "Step", "Variant", "apply", "wide"],
+        "quantised": ["Coded"],
         "choice": ["Choice", "choose", "possible", "run"],
-        "device": ["can_compile", "cpp_compiler"],
+        "device": ["can_compile", "cpp_compiler", "fast_bfloat16"],
         "many": ["Many"],
         "later": ["Later"],
     },

@@ -47,6 +47,7 @@ def choose(
     dtypes: Sequence[torch.dtype],
     elements: int,
     variant: Variant = Variant(),  # noqa: B008 (frozen)
+    one_count: bool = True,
 ) -> Choice:
     """The implementation for tensors of one rule.
 
@@ -57,6 +58,7 @@ def choose(
         dtypes: of weight, gradient and each state.
         elements: number of weights under this rule in all.
         variant: what else the update does.
+        one_count: all states have had as many updates: torch's kernels know one count only.
 
     Returns:
         what runs, and why; where what was asked cannot be had here, the next best and the reason.
@@ -65,11 +67,12 @@ def choose(
         return Choice("whole", "matrix by matrix")
     if asked in ("eager", "foreach"):
         return Choice(asked, "as asked")
-    has_fused = variant.plain and fused.supports(rule, device, tuple(dtypes))
+    has_fused = one_count and variant.plain and fused.supports(rule, device, tuple(dtypes))
     if asked == "fused":
         if has_fused:
             return Choice("fused", "as asked, torch's kernel")
-        return Choice("foreach", f"torch's fused {rule.name} does not take {_names(dtypes)} on {device.type}")
+        what = f"{_names(dtypes)} on {device.type}" if one_count else "states of several ages"
+        return Choice("foreach", f"torch's fused {rule.name} does not take {what}")
     if asked == "compiled":
         can, why = compiled.possible(rule, variant, device, tuple(dtypes))
         return Choice("compiled", f"as asked, {why}") if can else Choice("foreach", why)

@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_opt.kernels import cpp, foreach, native
 from lightning_opt.kernels.device import can_compile
 from lightning_opt.kernels.measuring import factors
-from lightning_opt.kernels.rule import Bucket, Rule, Variant, apply, kept, measures, scratch, summand, wide
+from lightning_opt.kernels.rule import Bucket, Rule, Variant, apply, measures, scratch, summand, wide, write
 
 log = logging.getLogger("lightning_opt.kernels")
 
@@ -46,7 +46,9 @@ def run(rule: Rule, bucket: Bucket) -> None:
     """Carries the update out in place; falls back to foreach, and says so once, where compiling fails."""
     kind = bucket.variant, bucket.dtypes
     on_cpu = bucket.params[0].device.type == "cpu"
-    if (rule.name, *kind) not in _broken and not (on_cpu and bucket.skip is not None):  # no mask in the C++ loop
+    measured_shards = bucket.wholes is not None and measures(rule, bucket.variant)  # ranks must sum in the same calls
+    in_cpp = not (bucket.skip is not None or measured_shards)  # no mask there either
+    if (rule.name, *kind) not in _broken and (in_cpp or not on_cpu):
         how = native.run if on_cpu else _run_graph
         try:
             left = how(rule, bucket)
@@ -64,26 +66,28 @@ def _give_up(rule: Rule, variant: Variant, dtypes: tuple[torch.dtype, ...], erro
 
 
 def _graph(rule: Rule, names: tuple[str, ...], variant: Variant) -> Callable[..., None]:
-    """The function to compile: lists in, written in place; `numbers` holds shrink, l2 and the scalars in order."""
+    """The function to compile: lists in, written in place; `numbers` holds shrink, l2, step and the scalars."""
 
     def update_all(
         numbers: Tensor,
         skip: Tensor | None,
         factors: list[list[Tensor]],
+        firsts: list[int] | None,
         params: list[Tensor],
         grads: list[Tensor],
         *states: list[Tensor],
     ) -> None:
-        shrink, l2, *scalars = numbers.to(wide(params[0]).dtype).unbind()
+        shrink, l2, _, *scalars = numbers.to(wide(params[0]).dtype).unbind()
+        step = numbers[2].long()
         named = dict(zip(names, scalars, strict=True))
         for i, (p, g, *state) in enumerate(zip(params, grads, *states, strict=True)):
             stored = (p, *state)
             computed = [scratch(tensor, skip) for tensor in stored]
             known = [column[i].reshape(()) for column in factors]
             apply(rule, variant, computed[0], wide(g), computed[1:], shrink, l2, named, known)
-            for old, new in zip(stored, computed, strict=True):
+            for k, (old, new) in enumerate(zip(stored, computed, strict=True)):
                 if new is not old:
-                    old.copy_(kept(old, new, skip))
+                    write(old, new, skip, variant.salt(k, old.dtype, step, firsts[i] if firsts else 0))
 
     return _own(update_all, f"update_{rule.name}")
 
@@ -94,7 +98,7 @@ def _sums(rule: Rule, names: tuple[str, ...], variant: Variant, number: int) -> 
     def sum_all(
         numbers: Tensor, factors: list[list[Tensor]], params: list[Tensor], grads: list[Tensor], *states: list[Tensor]
     ) -> list[Tensor]:
-        _, l2, *scalars = numbers.to(wide(params[0]).dtype).unbind()
+        _, l2, _, *scalars = numbers.to(wide(params[0]).dtype).unbind()
         named = dict(zip(names, scalars, strict=True))
         totals = []
         for i, (p, g, *state) in enumerate(zip(params, grads, *states, strict=True)):
@@ -129,8 +133,9 @@ def _run_graph(rule: Rule, bucket: Bucket) -> list[int]:
     lists = (bucket.params, bucket.grads, *bucket.states)
     call, sums = _compiled(rule, tuple(bucket.scalars), bucket.variant, bucket.skip is not None, bucket.dtypes)
     shrink = 1.0 if bucket.shrink is None else bucket.shrink
-    numbers = torch.tensor([shrink, bucket.l2 or 0.0, *bucket.scalars.values()], dtype=torch.float64)
+    given = [shrink, bucket.l2 or 0.0, bucket.step, *bucket.scalars.values()]
+    numbers = torch.tensor(given, dtype=torch.float64)
     numbers = numbers.to(bucket.params[0].device, non_blocking=True)
     found = factors(rule, bucket, lambda number, known: sums[number](numbers, known, *lists))
-    call(numbers, bucket.skip, found, *lists)
+    call(numbers, bucket.skip, found, bucket.firsts, *lists)
     return []

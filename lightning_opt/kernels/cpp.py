@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_opt.kernels.quantised import BLOCK, LEVELS, TINY
 from lightning_opt.kernels.rule import Rule, Variant, apply, measures, summand
 from lightning_opt.kernels.tensor_like import TensorLike
 
@@ -103,7 +104,13 @@ def _operand(arg: Any, element: bool) -> str:
     return f"T({arg})" if element else f"double({arg})"
 
 
-_TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16"}
+_TYPES = {
+    torch.float32: "float",
+    torch.float64: "double",
+    torch.bfloat16: "bfloat16",
+    torch.int8: "int8_t",
+    torch.uint8: "uint8_t",
+}
 
 # The list is one long row cut into blocks that threads take as they come free: small tensors cost no call of their own,
 # and a thread that was held up does not hold up the others.
@@ -120,7 +127,29 @@ struct bfloat16 {
     bits = x != x ? 0x7FC0 : uint16_t((wide + 0x7FFF + ((wide >> 16) & 1)) >> 16);  // to nearest, ties to even
     return *this;
   }
+  void by_chance(float x, uint32_t random) {
+    uint32_t wide; memcpy(&wide, &x, 4);
+    const bool finite = (wide & 0x7F800000) != 0x7F800000;
+    bits = finite ? uint16_t((wide + (random & 0xFFFF)) >> 16) : x != x ? 0x7FC0 : uint16_t(wide >> 16);
+  }
 };
+
+inline uint32_t mixed(uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x7FEB352Du;
+  x = (x ^ (x >> 15)) * 0x846CA68Bu;
+  return x ^ (x >> 16);
+}
+inline float uniform(uint32_t at) { return float(int32_t(mixed(at) >> 8)) * 0x1p-24f; }
+
+// As in quantised.py, operation by operation; without branches, which would keep the loop out of vector registers.
+inline float fourth(float c) { return (c * std::abs(c)) * (c * c); }
+inline float code(float x, float inverse, float chance, float levels) {
+  const float size = std::abs(x) * inverse;
+  const float low = float(int32_t(std::sqrt(std::sqrt(size)))), high = low + 1;
+  const float below = (low * low) * (low * low), above = (high * high) * (high * high);
+  const float found = low + float(size - below > chance * (above - below));
+  return found < levels ? found : levels;
+}
 
 using T = @T@;
 template <class V> inline V sign(V a) { return V((a > 0) - (a < 0)); }
@@ -135,7 +164,7 @@ template <class V> inline V smaller(V a, V b) { return a < b || a != a ? a : b; 
 
 template <class F> static void walk(int64_t count, const int64_t* starts, int threads, F visit) {
   const int64_t block = 1 << 16, total = starts[count], blocks = (total + block - 1) / block;
-#pragma omp parallel for schedule(dynamic) num_threads(blocks < threads ? int(blocks) : threads)
+#pragma omp parallel for schedule(dynamic) num_threads(blocks < 1 ? 1 : blocks < threads ? int(blocks) : threads)
   for (int64_t b = 0; b < blocks; ++b) {
     int64_t from = b * block, tensor = 0, beyond = count;
     const int64_t to = total < from + block ? total : from + block;
@@ -154,7 +183,8 @@ template <class F> static void walk(int64_t count, const int64_t* starts, int th
 extern "C" void update(int64_t count, const int64_t* starts, void* const* at, const double* numbers,
                        const double* const* factors, int threads) {
   walk(count, starts, threads, [=](int64_t, int64_t tensor, int64_t i, int64_t n) {
-    run(@POINTERS@, numbers, factors, tensor, n);
+@CLIP@
+    run(@POINTERS@, numbers, factors, tensor, i, n);
   });
 }
 @SUMS@
@@ -166,6 +196,7 @@ _SUM = """
 extern "C" void sum@K@(int64_t count, const int64_t* starts, void* const* at, const double* numbers,
                      const double* const* factors, int threads, double* partial, double* totals) {
   walk(count, starts, threads, [=](int64_t b, int64_t tensor, int64_t i, int64_t n) {
+@CLIP@
     partial[b + tensor] = add@K@(@POINTERS@, numbers, factors, tensor, n);
   });
   const int64_t block = 1 << 16;
@@ -178,7 +209,8 @@ extern "C" void sum@K@(int64_t count, const int64_t* starts, void* const* at, co
 """
 
 _RUN = """
-static void run(@STREAMS@, const double* numbers, const double* const* factors, int64_t tensor, int64_t n) {
+static void run(@STREAMS@, const double* numbers, const double* const* factors, int64_t tensor, int64_t first,
+                int64_t n) {
 @NUMBERS@
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
@@ -187,15 +219,46 @@ static void run(@STREAMS@, const double* numbers, const double* const* factors, 
 }
 """
 
+# With states in codes: a block of them at a time, whose values never leave the cache.
+_RUN_CODED = """
+static void run(@STREAMS@, const double* numbers, const double* const* factors, int64_t tensor, int64_t first,
+                int64_t n) {
+@NUMBERS@
+  float @VALUES@;
+  for (int64_t from = 0; from < n; from += @BLOCK@) {
+    const int64_t to = n < from + @BLOCK@ ? n : from + @BLOCK@;
+@SCALES@
+#pragma omp simd@REDUCTIONS@
+    for (int64_t i = from; i < to; ++i) {
+@BODY@
+    }
+@ENCODE@
+  }
+}
+"""
+
+_ENCODE = """
+    @TOP@ += @BAD@;  // NaN where one of them was not finite
+    @TOP@ = @TOP@ < @TINY@f ? 0.0f : @TOP@;
+    const float inverse@k@ = @TOP@ > 0 ? @LEVELS4@f / @TOP@ : 0.0f;
+    c@k@[from / @BLOCK@] = @TOP@;
+#pragma omp simd
+    for (int64_t i = from; i < to; ++i) {
+      const float x = d@k@[i - from], found = code(x, inverse@k@, @CHANCE@, @LEVELS@);
+      s@k@[i] = @SIGNED@;
+    }
+"""
+
 _ADD = """
 static double add@K@(@STREAMS@, const double* numbers, const double* const* factors, int64_t tensor, int64_t n) {
 @NUMBERS@
   double total = 0;
-  for (int64_t part = 0; part < n; part += 1024) {  // short sums in T, which a double then adds up
-    const int64_t end = n < part + 1024 ? n : part + 1024;
+  for (int64_t from = 0; from < n; from += @PART@) {  // short sums in T, which a double then adds up
+    const int64_t to = n < from + @PART@ ? n : from + @PART@;
+@SCALES@
     T sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = part; i < end; ++i) {
+    for (int64_t i = from; i < to; ++i) {
 @BODY@
     }
     total += sum;
@@ -215,51 +278,129 @@ def source(rule: Rule, names: tuple[str, ...], variant: Variant, dtypes: tuple[t
 
     Args:
         rule: an elementwise rule.
-        names: of its scalars; `numbers` holds shrink, l2 and these, in order.
+        names: of its scalars; `numbers` holds shrink, l2, the step and these, in order.
         variant: see `Variant`.
         dtypes: of weight, gradient and each state; `at` holds their addresses, tensor after tensor, and `starts` where
-            each begins when all are laid end to end (one more entry than tensors). `factors` holds an address for each
-            measurement, with one number per tensor there.
+            each begins when all are laid end to end (one more entry than tensors). Where states are in codes, a
+            tensor's addresses are followed by those of the scales of each such state and its number of elements, and
+            `starts` leaves it room for whole blocks. `factors` holds an address for each measurement, with one number
+            per tensor there.
 
     Raises:
         NotInCpp: where the rule uses what has no spelling here.
     """
-    types = [_TYPES[dtype] for dtype in dtypes]
+    streams = _Streams(rule, names, variant, dtypes)
     found = range(len(measures(rule, variant)))
-    const = lambda k: "const " if k == 1 else ""  # noqa: E731
-    every = list(enumerate(types))
-    numbers = [f"  const double {n} = numbers[{k}];" for k, n in enumerate(("shrink", "l2", *names))]
-    shared = {
-        "T": "double" if torch.float64 in dtypes else "float",
-        "STREAMS": ", ".join(f"{const(k)}{kind}* __restrict s{k}" for k, kind in every),
-        "POINTERS": ", ".join(f"({const(k)}{kind}*)at[{len(types)} * tensor + {k}] + i" for k, kind in every),
-    }
-    functions = [_filled(_RUN, _traced(rule, names, variant, len(types), None), numbers, found)]
-    functions += [_filled(_ADD, _traced(rule, names, variant, len(types), k), numbers, found[:k], k) for k in found]
+    functions = [streams.filled(_RUN_CODED if streams.coded else _RUN, None, found)]
+    functions += [streams.filled(_ADD, k, found[:k]) for k in found]
     sums = [_SUM.replace("@K@", str(k)) for k in found]
     text = _SOURCE.replace("@FUNCTIONS@", "".join(functions)).replace("@SUMS@", "".join(sums))
-    for key, value in shared.items():
+    for key, value in streams.shared().items():
         text = text.replace(f"@{key}@", value)
     return text
 
 
-def _filled(template: str, body: list[str], numbers: list[str], known: range, number: int = 0) -> str:
-    lines = [*numbers, *(f"  const double factor{k} = factors[{k}][tensor];" for k in known)]
-    statements = "\n".join(f"    {line}" for line in body)
-    return template.replace("@NUMBERS@", "\n".join(lines)).replace("@BODY@", statements).replace("@K@", str(number))
+class _Streams:
+    """What is read and written element by element: weight, gradient and states, some of them in codes."""
 
+    def __init__(self, rule: Rule, names: tuple[str, ...], variant: Variant, dtypes: tuple[torch.dtype, ...]) -> None:
+        self.rule, self.names, self.variant, self.dtypes = rule, names, variant, dtypes
+        self.coded = [k for k, dtype in enumerate(dtypes) if dtype in LEVELS]
 
-def _traced(rule: Rule, names: tuple[str, ...], variant: Variant, streams: int, number: int | None) -> list[str]:
-    """The statements for one element: of the update (`number` None), or of the summand of a measurement."""
-    lines: list[str] = []
-    p, g, *states = (Code(f"v{k}", lines, True) for k in range(streams))
-    shrink, l2, *scalars = (Code(name, lines, False) for name in ("shrink", "l2", *names))
-    named = dict(zip(names, scalars, strict=True))
-    known = len(measures(rule, variant)) if number is None else number
-    factors = [Code(f"factor{k}", lines, False) for k in range(known)]
-    loads = [f"T v{k} = s{k}[i];" for k in range(streams)]
-    if number is None:
-        apply(rule, variant, p, g, states, shrink, l2, named, factors)
-        return [*loads, *lines, *(f"s{k}[i] = v{k};" for k in range(streams) if k != 1)]
-    result = summand(rule, variant, number, p, g, states, l2, named, factors)
-    return [*loads, *lines, f"sum += {result.name};"]
+    def shared(self) -> dict[str, str]:
+        """What stands for the placeholders that all functions have."""
+        width = len(self.dtypes) + (len(self.coded) + 1 if self.coded else 0)
+        const = lambda k: "const " if k == 1 else ""  # noqa: E731
+        kinds = [(f"{const(k)}{_TYPES[dtype]}*", f"s{k}", "i") for k, dtype in enumerate(self.dtypes)]
+        kinds += [("float*", f"c{k}", f"i / {BLOCK}") for k in self.coded]
+        clip = [
+            f"    const int64_t size = int64_t(at[{width} * tensor + {width - 1}]);",
+            "    n = n < size - i ? n : size - i;",
+        ]
+        pointers = (f"({kind})at[{width} * tensor + {place}] + {i}" for place, (kind, _, i) in enumerate(kinds))
+        return {
+            "T": "double" if torch.float64 in self.dtypes else "float",
+            "STREAMS": ", ".join(f"{kind} __restrict {name}" for kind, name, _ in kinds),
+            "POINTERS": ", ".join(pointers),
+            "CLIP": "\n".join(clip if self.coded else []),
+            "PART": str(BLOCK if self.coded else 1024),
+            "BLOCK": str(BLOCK),
+        }
+
+    def filled(self, template: str, number: int | None, known: range) -> str:
+        """One function: the update (`number` None) or the sum of a measurement, with the factors `known` before it."""
+        lines = [f"  const double {n} = numbers[{k}];" for k, n in enumerate(("shrink", "l2", "updates", *self.names))]
+        lines += [f"  const double factor{k} = factors[{k}][tensor];" for k in known]
+        by_chance = {k: self._salt(k) for k in range(len(self.dtypes)) if k != 1 and self._salt(k) is not None}
+        if number is None and by_chance:
+            lines.append("  const uint32_t seed = uint32_t(uint64_t(updates)) * 0x9E3779B9u;")
+            lines += [
+                f"  const uint32_t salt{k} = mixed(seed + {stream}u) + uint32_t(first);"
+                for k, stream in by_chance.items()
+            ]
+        scales = [
+            f"    const float scale{k} = c{k}[from / {BLOCK}] * {1 / LEVELS[self.dtypes[k]] ** 4}f;" for k in self.coded
+        ]
+        if number is None:
+            scales += [f"    float top{k} = 0, bad{k} = 0;" for k in self.coded]
+        parts = {
+            "NUMBERS": lines,
+            "SCALES": scales,
+            "BODY": [f"    {line}" for line in self._body(number, by_chance)],
+            "ENCODE": [self._encode(k, k in by_chance) for k in self.coded],
+        }
+        for key, value in parts.items():
+            template = template.replace(f"@{key}@", "\n".join(value))
+        tops = "".join(f" reduction(max : top{k}) reduction(+ : bad{k})" for k in self.coded)
+        values = ", ".join(f"d{k}[{BLOCK}]" for k in self.coded)
+        return template.replace("@REDUCTIONS@", tops).replace("@VALUES@", values).replace("@K@", str(number))
+
+    def _salt(self, k: int) -> int | None:
+        """The stream (of `quantised.salt_of`) by which the k-th of weight, gradient and states is rounded."""
+        stream = max(0, k - 1)
+        return None if self.variant.salt(stream, self.dtypes[k], 0) is None else stream
+
+    def _encode(self, k: int, by_chance: bool) -> str:
+        signed = self.dtypes[k] == torch.int8
+        words = {
+            "TOP": f"top{k}",
+            "BAD": f"bad{k}",
+            "TINY": str(TINY),
+            "LEVELS4": f"{float(LEVELS[self.dtypes[k]] ** 4)}",
+            "LEVELS": f"{float(LEVELS[self.dtypes[k]])}f",
+            "CHANCE": f"uniform(salt{k} + uint32_t(i))" if by_chance else "0.5f",
+            "SIGNED": "int8_t(int32_t(std::copysign(found, x)))"
+            if signed
+            else "uint8_t(int32_t(found + float(x > 0) * float(found < 1)))",
+            "k": str(k),
+        }
+        text = _ENCODE
+        for key, value in words.items():
+            text = text.replace(f"@{key}@", value)
+        return text
+
+    def _body(self, number: int | None, by_chance: dict[int, int]) -> list[str]:
+        """The statements for one element: of the update (`number` None), or of the summand of a measurement."""
+        lines: list[str] = []
+        p, g, *states = (Code(f"v{k}", lines, True) for k in range(len(self.dtypes)))
+        shrink, l2, *scalars = (Code(name, lines, False) for name in ("shrink", "l2", *self.names))
+        named = dict(zip(self.names, scalars, strict=True))
+        known = len(measures(self.rule, self.variant)) if number is None else number
+        factors = [Code(f"factor{k}", lines, False) for k in range(known)]
+        loads = [
+            f"T v{k} = fourth(s{k}[i]) * scale{k};" if k in self.coded else f"T v{k} = s{k}[i];"
+            for k in range(len(self.dtypes))
+        ]
+        if number is not None:
+            result = summand(self.rule, self.variant, number, p, g, states, l2, named, factors)
+            return [*loads, *lines, f"sum += {result.name};"]
+        apply(self.rule, self.variant, p, g, states, shrink, l2, named, factors)
+        for k in range(len(self.dtypes)):
+            if k in self.coded:
+                lines += [f"d{k}[i - from] = v{k};", f"bad{k} += v{k} - v{k};"]
+                lines.append(f"top{k} = std::abs(v{k}) > top{k} ? std::abs(v{k}) : top{k};")
+            elif k != 1:
+                lines.append(
+                    f"s{k}[i].by_chance(v{k}, mixed(salt{k} + uint32_t(i)));" if k in by_chance else f"s{k}[i] = v{k};"
+                )
+        return [*loads, *lines]

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from lightning_opt.kernels.measuring import aligned, by_tensor, factors, shaped
-from lightning_opt.kernels.rule import Bucket, Rule, apply, kept, scratch, wide
+from lightning_opt.kernels.quantised import Coded
+from lightning_opt.kernels.rule import Bucket, Rule, apply, scratch, wide, write
 
 
 def run(rule: Rule, bucket: Bucket) -> None:
     """Carries the update out in place. Temporaries: one to three times the largest tensor."""
     found = factors(rule, bucket, by_tensor(rule, bucket))
+    variant = bucket.variant
     for i, (p, g, *states) in enumerate(zip(bucket.params, bucket.grads, *bucket.states, strict=True)):
         stored = (p, *states)
         computed = [shaped(rule, bucket, i, scratch(tensor, bucket.skip)) for tensor in stored]
-        named = [aligned(column[i], computed[0]) for column in found]
         g = shaped(rule, bucket, i, wide(g))
-        apply(rule, bucket.variant, computed[0], g, computed[1:], bucket.shrink, bucket.l2, bucket.scalars, named)
-        for old, new in zip(stored, computed, strict=True):
-            write_back(old, new, bucket.skip)
+        named = [aligned(rule, bucket, i, column[i]) for column in found]
+        apply(rule, variant, computed[0], g, computed[1:], bucket.shrink, bucket.l2, bucket.scalars, named)
+        for k, (old, new) in enumerate(zip(stored, computed, strict=True)):
+            salt = variant.salt(k, old.dtype, bucket.step, bucket.firsts[i] if bucket.firsts else 0)
+            write_back(old, new, bucket.skip, salt)
 
 
-def write_back(old: Tensor, new: Tensor, skip: Tensor | None) -> None:
-    """Writes the computed tensor over the stored one, unless it was computed in place."""
-    if new.data_ptr() != old.data_ptr() or new.dtype != old.dtype:
-        old.copy_(kept(old, new.reshape(old.shape), skip))
+def write_back(old: Tensor | Coded, new: Tensor, skip: Tensor | None, salt: Any = None) -> None:
+    """As `write`, unless what was computed lies in the memory of what is stored."""
+    if isinstance(old, Coded) or new.dtype != old.dtype or new.data_ptr() != old.data_ptr():
+        write(old, new, skip, salt)

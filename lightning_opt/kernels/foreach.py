@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_opt.kernels import eager
 from lightning_opt.kernels.many import Many
 from lightning_opt.kernels.measuring import by_tensor, factors
+from lightning_opt.kernels.quantised import LEVELS
 from lightning_opt.kernels.rule import Bucket, Rule, apply, kept, scratch, wide
 
 BLOCK = 1 << 15  # elements; torch's own limit below which a CPU op does not use threads
@@ -49,8 +50,11 @@ def _lists(rows: Iterator[Row], limit: int) -> Iterator[list[Row]]:
 
 
 def run(rule: Rule, bucket: Bucket) -> None:
-    """Carries the update out in place; blocks that a rule measures one by one are eager's."""
-    if rule.measure is not None and rule.measure.block is not None:
+    """Carries the update out in place; what has blocks, or is rounded by chance, is eager's."""
+    in_blocks = rule.measure is not None and rule.measure.block is not None
+    variant, dtypes = bucket.variant, bucket.dtypes
+    by_chance = variant.random_weights or variant.random_states
+    if in_blocks or by_chance or any(dtype in LEVELS for dtype in dtypes):
         eager.run(rule, bucket)
         return
     device = bucket.params[0].device.type
@@ -64,7 +68,7 @@ def run(rule: Rule, bucket: Bucket) -> None:
         computed = [Many([scratch(t, bucket.skip) for t in tensors]) for tensors in stored]
         g = Many([wide(t) for t in grads])
         named = [Many(column) for column in rest[len(bucket.states) :]]
-        apply(rule, bucket.variant, computed[0], g, computed[1:], bucket.shrink, bucket.l2, bucket.scalars, named)
+        apply(rule, variant, computed[0], g, computed[1:], bucket.shrink, bucket.l2, bucket.scalars, named)
         for old, new in zip(stored, computed, strict=True):
             if new.tensors[0] is not old[0]:
                 torch._foreach_copy_(old, [kept(*pair, bucket.skip) for pair in zip(old, new.tensors, strict=True)])

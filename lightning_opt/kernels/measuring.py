@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_opt.kernels.rule import Bucket, Measure, Rule, kept, measures, scratch, summand, wide
+from lightning_opt.kernels.rule import Bucket, Measure, Rule, measures, scratch, summand, wide, write
 
 Factors = list[list[Tensor]]  # one list per measurement, in it one tensor per weight with one number per block
 Totals = Callable[[int, Factors], Sequence[Tensor]]
@@ -28,55 +28,82 @@ def factors(rule: Rule, bucket: Bucket, totals: Totals) -> Factors:
 
 
 def _factors(measure: Measure, bucket: Bucket, sums: Sequence[Tensor]) -> list[Tensor]:
+    sizes = [total.numel() for total in sums]
+    total = torch.cat([total.reshape(-1) for total in sums])
+    total = total if bucket.reduce is None else bucket.reduce(total)
+    elements = [whole.numel() for whole in bucket.wholes or bucket.params]
+    counts = [max(1, n // blocks) if blocks else 1 for n, blocks in zip(elements, sizes, strict=True)]
+    count = torch.tensor(counts, dtype=total.dtype).repeat_interleave(torch.tensor(sizes)).to(total.device)
     if measure.block is None:
-        total = torch.cat([s.reshape(1) for s in sums])
-        total = total if bucket.reduce is None else bucket.reduce(total)
-        count = torch.tensor(bucket.counts or [p.numel() for p in bucket.params], dtype=total.dtype)
-        return list(measure.factor(total, count.to(total.device), **bucket.scalars).split(1))
+        return list(measure.factor(total, count, **bucket.scalars).split(sizes))
     made = []
-    for i, total in enumerate(sums):
+    for i, (mine, number) in enumerate(zip(total.split(sizes), count.split(sizes), strict=True)):
         old = [column[i] for column in bucket.block_states]
         new = [scratch(state, bucket.skip) for state in old]
-        count = torch.full_like(total, max(1, bucket.params[i].numel() // max(1, total.numel())))
-        made.append(measure.factor(total, count, *new, **bucket.scalars))
+        made.append(measure.factor(mine, number, *new, **bucket.scalars))
         for before, after in zip(old, new, strict=True):
             if after is not before:
-                before.copy_(kept(before, after, bucket.skip))
+                write(before, after, bucket.skip)
     return made
 
 
-def blocks(rule: Rule, bucket: Bucket, index: int) -> int:
-    """Number of blocks of one weight; 1 where the rule measures whole tensors or nothing."""
+def block_size(rule: Rule, bucket: Bucket, index: int) -> int:
+    """Elements of one block of a weight; all of them where the rule measures whole tensors or nothing."""
+    p = (bucket.wholes or bucket.params)[index]
     if rule.measure is None or rule.measure.block is None:
-        return 1
-    p = bucket.params[index]
+        return p.numel()
     size = rule.measure.block(p, bucket.layouts[index] if bucket.layouts else {})
-    return max(1, p.numel() // max(1, size))
+    if p.numel() % max(1, size):
+        raise ValueError(f"{rule.name}: blocks of {size} elements do not fill a weight of {tuple(p.shape)}")
+    return size
 
 
 def by_tensor(rule: Rule, bucket: Bucket) -> Totals:
     """The sums, tensor by tensor with torch's ops."""
 
     def totals(number: int, found: Factors) -> list[Tensor]:
+        in_blocks = measures(rule, bucket.variant)[number].block is not None
         sums = []
         for i, row in enumerate(zip(bucket.params, bucket.grads, *bucket.states, strict=True)):
-            p, g, *states = (wide(t) for t in row)
-            states = [t.clone() if t is old else t for t, old in zip(states, row[2:], strict=True)]
-            named = [column[i].reshape(()) for column in found]
+            cut = [shaped(rule, bucket, i, wide(tensor)) for tensor in row]
+            p, g, *states = cut
+            states = [t.clone() for t in states]
+            named = [aligned(rule, bucket, i, column[i]) for column in found]
             x = summand(rule, bucket.variant, number, p, g, states, bucket.l2, bucket.scalars, named)
-            sums.append(x.reshape(blocks(rule, bucket, i), -1).sum(1, dtype=p.dtype))
+            sums.append(_by_block(rule, bucket, i, x) if in_blocks else x.sum(dtype=p.dtype).reshape(1))
         return sums
 
     return totals
 
 
+def _by_block(rule: Rule, bucket: Bucket, index: int, x: Tensor) -> Tensor:
+    """The sums over the blocks of what `shaped` returned."""
+    if bucket.wholes is None:
+        return x.sum(1, dtype=x.dtype)
+    size = max(1, block_size(rule, bucket, index))
+    sums = x.new_zeros(max(1, bucket.wholes[index].numel() // size))
+    return sums.index_add_(0, _places(bucket, index, size, x), x.reshape(-1))
+
+
+def _places(bucket: Bucket, index: int, size: int, x: Tensor) -> Tensor:
+    """To which block of the whole weight each element of a shard belongs."""
+    if bucket.firsts is None or bucket.firsts[index] < 0:
+        raise ValueError("sums over blocks need weights that are split along their first dimension")
+    return (torch.arange(x.numel(), device=x.device) + bucket.firsts[index]) // size
+
+
 def shaped(rule: Rule, bucket: Bucket, index: int, tensor: Tensor) -> Tensor:
-    """The tensor with one row per block, so that one factor per block lines up with it; whole ones as they are."""
-    if rule.measure is None or rule.measure.block is None:
+    """The tensor with one row per block, so that one factor per block lines up with it; else, and shards, as it is."""
+    if rule.measure is None or rule.measure.block is None or bucket.wholes is not None:
         return tensor
-    return tensor.reshape(blocks(rule, bucket, index), -1)
+    return tensor.reshape(-1, max(1, block_size(rule, bucket, index)))
 
 
-def aligned(factor: Tensor, tensor: Tensor) -> Tensor:
+def aligned(rule: Rule, bucket: Bucket, index: int, factor: Tensor) -> Tensor:
     """A weight's factors, to be multiplied with what `shaped` returned."""
-    return factor.reshape(()) if factor.numel() == 1 else factor.unsqueeze(1)
+    if factor.numel() == 1:
+        return factor.reshape(())
+    if bucket.wholes is None:
+        return factor.unsqueeze(1)
+    p = bucket.params[index]
+    return factor[_places(bucket, index, block_size(rule, bucket, index), p)].reshape(p.shape)

@@ -14,14 +14,17 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_opt.kernels import cpp
 from lightning_opt.kernels.device import cpp_compiler
-from lightning_opt.kernels.measuring import Factors, blocks, factors
-from lightning_opt.kernels.rule import Bucket, Rule, Variant, measures
+from lightning_opt.kernels.measuring import Factors, block_size, factors
+from lightning_opt.kernels.quantised import BLOCK as CODED
+from lightning_opt.kernels.quantised import LEVELS, Coded
+from lightning_opt.kernels.rule import Bucket, Rule, Variant, measures, wide
 
 # No -ffast-math: an element must come out the same wherever it lies. What is named here only lets roots and selects
 # run in vector registers; contraction is off so that each operation is rounded once, as torch rounds it.
@@ -104,6 +107,10 @@ def run(rule: Rule, bucket: Bucket) -> list[int]:
     """
     update, *sums = _library(rule, _scalars(rule), bucket.variant, bucket.dtypes)
     rows = list(zip(bucket.params, bucket.grads, *bucket.states, strict=True))
+    in_blocks = rule.measure is not None and rule.measure.block is not None
+    by_chance = bucket.variant.random_weights or bucket.variant.random_states or torch.uint8 in bucket.dtypes
+    if (in_blocks and (by_chance or _coded(bucket))) or (bucket.wholes is not None and by_chance):
+        return list(range(len(rows)))  # the C++ counts elements from the beginning of what it takes for a tensor
     left = [i for i, row in enumerate(rows) if not _plain(row)]
     if left:
         bucket = bucket.part([i for i in range(len(rows)) if i not in set(left)])
@@ -112,22 +119,30 @@ def run(rule: Rule, bucket: Bucket) -> list[int]:
     return left
 
 
-def _plain(row: tuple[Tensor, ...]) -> bool:
+def _plain(row: tuple[Tensor | Coded, ...]) -> bool:
     size = row[0].numel()
-    return all(type(t) in _PLAIN and t.is_contiguous() and t.numel() == size for t in row)
+    found = [t.codes if isinstance(t, Coded) else t for t in row]
+    return all(type(t) in _PLAIN and t.is_contiguous() and t.numel() == size for t in found)
+
+
+def _coded(bucket: Bucket) -> bool:
+    return any(dtype in LEVELS for dtype in bucket.dtypes)
 
 
 def _call(rule: Rule, bucket: Bucket, update: Callable[..., None], sums: list[Callable[..., None]]) -> None:
     rows = list(zip(bucket.params, bucket.grads, *bucket.states, strict=True))
-    parts = [blocks(rule, bucket, i) for i in range(len(rows))]
-    starts, at = _entries(rows, parts)
+    parts = [max(1, row[0].numel() // max(1, block_size(rule, bucket, i))) for i, row in enumerate(rows)]
+    starts, at = _coded_entries(rows) if _coded(bucket) else _entries(rows, parts)
     shrink = 1.0 if bucket.shrink is None else bucket.shrink
     scalars = [bucket.scalars[name] for name in _scalars(rule)]
-    numbers = torch.tensor([shrink, bucket.l2 or 0.0, *scalars], dtype=torch.float64)
+    numbers = torch.tensor([shrink, bucket.l2 or 0.0, bucket.step, *scalars], dtype=torch.float64)
     count, threads = len(starts) - 1, torch.get_num_threads()
 
     def call(function: Callable[..., None], found: Factors, *more: Tensor) -> None:
-        columns = [torch.cat([f.reshape(-1) for f in column]).double() for column in found]
+        columns = [
+            torch.cat([f.reshape(-1).expand(n) for f, n in zip(column, parts, strict=True)]).double()
+            for column in found
+        ]
         factors = torch.tensor([column.data_ptr() for column in columns], dtype=torch.int64)
         given = [tensor.data_ptr() for tensor in (starts, at, numbers, factors)]
         function(count, *given, threads, *[tensor.data_ptr() for tensor in more])
@@ -136,10 +151,14 @@ def _call(rule: Rule, bucket: Bucket, update: Callable[..., None], sums: list[Ca
         partial = torch.empty(int(starts[-1]) // BLOCK + 2 + count, dtype=torch.float64)
         result = torch.empty(count, dtype=torch.float64)
         call(sums[number], found, partial, result)
-        return list(result.split(parts))
+        by_block = result.to(wide(bucket.params[0]).dtype).split(parts)
+        in_blocks = measures(rule, bucket.variant)[number].block is not None
+        return list(by_block) if in_blocks else [block.sum().reshape(1) for block in by_block]
 
     call(update, factors(rule, bucket, totals))
-    written = [tensor for row in rows for k, tensor in enumerate(row) if k != 1]  # gradients are only read
+    written = []  # gradients are only read
+    for p, _, *states in rows:
+        written += [p, *(t for state in states for t in (state if isinstance(state, Coded) else [state]))]
     torch.autograd.graph.increment_version(written)  # autograd must see that saved weights were overwritten
 
 
@@ -156,3 +175,14 @@ def _entries(rows: list[tuple[Tensor, ...]], parts: list[int]) -> tuple[Tensor, 
         addresses.append((first + torch.arange(n).unsqueeze(1) * width).reshape(-1))
     ends = torch.repeat_interleave(torch.tensor(sizes), torch.tensor(parts)).cumsum(0)
     return torch.cat([torch.zeros(1, dtype=torch.int64), ends]), torch.cat(addresses)
+
+
+def _coded_entries(rows: list[tuple[Any, ...]]) -> tuple[Tensor, Tensor]:
+    """As `_entries`, where states are in codes: room for whole blocks of them, then the scales and the size."""
+    sizes = [row[0].numel() for row in rows]
+    addresses = []
+    for row, size in zip(rows, sizes, strict=True):
+        addresses += [(t.codes if isinstance(t, Coded) else t).data_ptr() for t in row]
+        addresses += [*(t.scales.data_ptr() for t in row if isinstance(t, Coded)), size]
+    starts = list(itertools.accumulate((-(-size // CODED) * CODED for size in sizes), initial=0))
+    return torch.tensor(starts, dtype=torch.int64), torch.tensor(addresses, dtype=torch.int64)

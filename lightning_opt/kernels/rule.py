@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_opt.kernels import quantised
+from lightning_opt.kernels.quantised import Coded
+
 
 @dataclass(frozen=True)
 class Measure:
@@ -22,8 +25,8 @@ class Measure:
         of: ``of(p, g, *state, **scalars)``, elementwise, the summand; writes nothing.
         factor: ``factor(total, count, *state, **scalars)``: tensors with one entry per block in and out; `count` is the
             number of elements of a block. It may write the states named in `state`.
-        block: ``block(p, layout) -> elements of one block`` (a contiguous run of the weight, all equally long; `layout`
-            as in `Bucket.layouts`); None: the whole tensor is one block.
+        block: ``block(p, layout) -> elements of one block`` (a contiguous run of the weight, all equally long; `p` is
+            the whole weight, `layout` as in `Bucket.layouts`); None: the whole tensor is one block.
         state: names of states that hold one number per block, kept in float32 (float64 for float64 weights).
     """
 
@@ -50,17 +53,25 @@ class Rule:
         state: names of the state tensors, each shaped like the parameter and zero at first unless `initial` says else.
         defaults: the rule's own hyperparameters (beside lr, weight decay, clipping, ...) and their defaults.
         traffic: bytes per float32 parameter that an ideal step reads and writes, gradient included, all passes.
-        wide_state: those of `state` that are kept in float32 (float64 for float64 weights) whatever `state_dtype` says.
+        wide_state: those of `state` that bfloat16 cannot hold; they are float32 then.
+        codes: those of `state` that ``state_dtype: int8`` may hold in a byte, and in which code: int8 or, what is never
+            negative, uint8 (see `quantised`); the others are float32 then.
         fused: torch's fused functional for this rule, ``fused(bucket)``, or None.
         elementwise: `update` treats every element alone, so tensors may be flattened or be shards of a DTensor.
         whole: for rules that are not elementwise, in place of `update`: ``whole(bucket) -> steps``, one per weight, in
-            the dtype of `wide(weight)`; reads weights and gradients, writes states.
+            the dtype of `wide(weight)`, None for a weight that stays; reads weights and gradients, writes states.
         measure: sums over whole tensors that `update` needs, or None.
         initial: ``initial(p, group, layout) -> {name: tensor}``: the states that are not zeros like the weight.
         least_ndim: smallest number of dimensions of a weight that it takes (2: matrices and stacks of them).
         own_decay: the rule applies ``group["weight_decay"]`` itself, in every mode.
         writes: `update` writes the weight itself; such a rule cannot be made cautious.
         needs: names of signals (`Optimizer.observe`) the rule cannot work without.
+        form: ``form(group) -> Rule``, of the same name: the states and update that a group's options ask for; None
+            where the options change neither.
+        together: ``together(buckets)``: sees all of a step's buckets of this rule before the first is updated, and may
+            change their scalars.
+        averaged: ``averaged(p, state, group)``: the weight to validate and export in place of the one that is trained.
+        observed: by signal that comes per parameter, ``observed(state, value, group)``, which takes it into the state.
     """
 
     name: str
@@ -70,15 +81,20 @@ class Rule:
     defaults: Mapping[str, Any]
     traffic: int
     wide_state: tuple[str, ...] = ()
+    codes: Mapping[str, torch.dtype] = field(default_factory=dict)
     fused: Callable[[Bucket], None] | None = None
     elementwise: bool = True
-    whole: Callable[[Bucket], list[Tensor]] | None = None
+    whole: Callable[[Bucket], Sequence[Tensor | None]] | None = None
     measure: Measure | None = None
     initial: Callable[[Tensor, Mapping[str, Any], Mapping[str, Any]], dict[str, Tensor]] | None = None
     least_ndim: int = 0
     own_decay: bool = False
     writes: bool = False
     needs: frozenset[str] = frozenset()
+    form: Callable[[Mapping[str, Any]], Rule] | None = None
+    together: Callable[[list[Bucket]], None] | None = None
+    averaged: Callable[[Tensor, Mapping[str, Any], Mapping[str, Any]], Tensor] | None = None
+    observed: Mapping[str, Callable[[dict[str, Any], Tensor, Mapping[str, Any]], None]] = field(default_factory=dict)
 
     def __hash__(self) -> int:
         return hash(self.name)
@@ -108,16 +124,42 @@ class Variant:
         l2: decay goes into the gradient.
         cautious: steps that point against the gradient are left out (Liang et al. 2024, arXiv 2411.16085).
         cautious_decay: decay only where it points the way the step does (Chen et al. 2025, arXiv 2510.12402).
+        random_weights: bfloat16 weights are rounded by chance.
+        random_states: bfloat16 and int8 states are rounded by chance.
     """
 
     l2: bool = False
     cautious: bool = False
     cautious_decay: bool = False
+    random_weights: bool = False
+    random_states: bool = False
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], shrink: float | None, l2: float | None) -> Variant:
+        """The variant of a parameter group under its decay as in `Bucket`."""
+        return cls(
+            l2 is not None,
+            options.get("cautious", False),
+            options.get("cautious_weight_decay", False) and shrink is not None,
+            options.get("weight_rounding") == "stochastic",
+            options.get("state_rounding") == "stochastic",
+        )
 
     @property
     def plain(self) -> bool:
-        """Neither cautious steps nor cautious decay."""
-        return not (self.cautious or self.cautious_decay)
+        """Nothing but the rule, with or without decay."""
+        return self in (Variant(), Variant(l2=True))
+
+    def salt(self, stream: int, dtype: torch.dtype, step: Any, first: int = 0) -> Any:
+        """Where the random numbers begin by which weight (stream 0) or k-th state are rounded; None: to nearest.
+
+        `first`: of the elements, in the flat whole weight.
+        """
+        by_chance = dtype == torch.uint8 or (self.random_states if stream else self.random_weights)
+        return quantised.salt_of(step, stream) + max(0, first) if by_chance and dtype in _ROUNDED else None
+
+
+_ROUNDED = (torch.bfloat16, *quantised.LEVELS)
 
 
 @dataclass
@@ -127,37 +169,39 @@ class Bucket:
     Attributes:
         params: the weights, written in place.
         grads: their gradients, only read.
-        states: one list per name in `Rule.state`, aligned with `params`, written in place.
+        states: one list per name in `Rule.state`, aligned with `params`, written in place; `Coded` where in int8.
         scalars: from `Rule.scalars`.
         shrink: the weights are multiplied by this (decoupled and independent decay); None for no decay.
         l2: this times the weights is added to the gradients (mode ``l2``); None for none.
-        options: the parameter group.
+        options: the parameter group, which also says what the `variant` is.
         skip: 0-dim bool on the tensors' device; where it is true, weights and states stay as they are, to the last
             bit and whatever the gradients hold. None: nobody asked, which is the fast way.
-        cautious, cautious_decay: see `Variant`.
         layouts: per weight what the model says about it (``pieces``, ``heads``; see `optim.routing`), {} where unknown.
         block_states: one list per name in `Measure.state`, aligned with `params`.
         reduce: adds sums over shards up over the ranks, for weights that are shards; None where they are whole.
-        counts: elements of each whole weight where `params` are shards; None where they are whole.
+        wholes: the DTensors whose shards `params` are; None where they are whole.
+        firsts: of each shard, where in the flat whole weight it begins, -1 where it is no run of neighbours; None where
+            `params` are whole.
+        narrow: the bfloat16 weights whose float32 masters `params` are; None where they are the weights themselves.
         extra: states of a rule that is not elementwise, one dict per weight, as in ``optimizer.state[p]``.
     """
 
     params: list[Tensor]
     grads: list[Tensor]
-    states: tuple[list[Tensor], ...]
+    states: tuple[list[Tensor | Coded], ...]
     scalars: dict[str, float]
     step: int
     shrink: float | None = None
     l2: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     skip: Tensor | None = None
-    cautious: bool = False
-    cautious_decay: bool = False
     layouts: list[Mapping[str, Any]] | None = None
     block_states: tuple[list[Tensor], ...] = ()
     reduce: Callable[[Tensor], Tensor] | None = None
-    counts: list[int] | None = None
+    wholes: list[Tensor] | None = None
+    firsts: list[int] | None = None
     extra: list[dict[str, Any]] | None = None
+    narrow: list[Tensor] | None = None
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
@@ -167,7 +211,7 @@ class Bucket:
     @property
     def variant(self) -> Variant:
         """What code is made for."""
-        return Variant(self.l2 is not None, self.cautious, self.cautious_decay and self.shrink is not None)
+        return Variant.of(self.options, self.shrink, self.l2)
 
     def part(self, indices: list[int]) -> Bucket:
         """The same bucket with only the tensors at `indices`."""
@@ -179,8 +223,10 @@ class Bucket:
             states=tuple(pick(tensors) for tensors in self.states),
             block_states=tuple(pick(tensors) for tensors in self.block_states),
             layouts=pick(self.layouts),
-            counts=pick(self.counts),
+            wholes=pick(self.wholes),
+            firsts=pick(self.firsts),
             extra=pick(self.extra),
+            narrow=pick(self.narrow),
         )
 
 
@@ -250,12 +296,14 @@ def _share_kept(total: Tensor, count: Tensor, **_: Any) -> Tensor:
 _CAUTION = Measure("cautious", of=lambda *_, **__: None, factor=_share_kept)
 
 
-def wide(tensor: Tensor) -> Tensor:
+def wide(tensor: Tensor | Coded) -> Tensor:
     """The tensor in the dtype updates are computed in: float64 stays, everything else is float32."""
+    if isinstance(tensor, Coded):
+        return quantised.decode(tensor)
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
-def scratch(tensor: Tensor, skip: Tensor | None) -> Tensor:
+def scratch(tensor: Tensor | Coded, skip: Tensor | None) -> Tensor:
     """What an update may overwrite: the tensor itself, or a copy where it is narrow or may have to stay."""
     computed = wide(tensor)
     return computed.clone() if skip is not None and computed is tensor else computed
@@ -264,3 +312,19 @@ def scratch(tensor: Tensor, skip: Tensor | None) -> Tensor:
 def kept(old: Tensor, new: Tensor, skip: Tensor | None) -> Tensor:
     """What to write over `old`: the new values, or the old ones where the update is skipped."""
     return new if skip is None else torch.where(skip, old, new.to(old.dtype))
+
+
+def write(old: Tensor | Coded, new: Tensor, skip: Tensor | None, salt: Any = None) -> None:
+    """Writes what was computed over what is stored.
+
+    Args:
+        old: a weight or state.
+        new: what was computed, wide; in the same order, maybe of another shape.
+        skip: see `Bucket`.
+        salt: of `Variant.salt`.
+    """
+    if isinstance(old, Coded):
+        quantised.store(old, new, skip, salt)
+    else:
+        new = new.reshape(old.shape)
+        old.copy_(kept(old, new if salt is None else quantised.to_bfloat16(new, salt), skip))

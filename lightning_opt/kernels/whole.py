@@ -2,33 +2,116 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lightning_opt.kernels.eager import write_back
-from lightning_opt.kernels.rule import Bucket, Rule, scratch, wide
+from lightning_opt.kernels.rule import Bucket, Rule, kept, scratch, wide
+
+_AT_ONCE = 2**26  # elements of weights whose steps are worked out together: bounds what is held besides the states
 
 
 def run(rule: Rule, bucket: Bucket) -> None:
-    """Carries the update out in place.
+    """Carries the update out in place, equal shapes together.
 
-    Of sharded weights the rule sees the whole matrices and every rank works out the whole step, then writes its shard.
+    Of weights that are split over ranks (DTensor) the rule sees whole gradients and states; the weights themselves
+    stay DTensors, of which it may read shape, dtype, device and sums. Every rank works out the whole step and writes
+    its part. Where a step may be skipped, the rule is handed copies of the states; numbers and words among its own
+    states (`Bucket.extra`) must follow from the step count, for they cannot be taken back.
     """
     assert rule.whole is not None
-    if bucket.l2 is not None:
-        bucket.grads = [wide(g) + bucket.l2 * wide(p) for p, g in zip(bucket.params, bucket.grads, strict=True)]
-    for p, g, step in zip(bucket.params, bucket.grads, rule.whole(bucket), strict=True):
-        new = scratch(p, bucket.skip)
-        if bucket.cautious:
-            step = _cautious(step, wide(g))
-        if bucket.variant.cautious_decay:
-            new.copy_(torch.where(step * new < 0, new, new * bucket.shrink))
-        elif bucket.shrink is not None:
-            new.mul_(bucket.shrink)
-        new.sub_(step)
-        write_back(p, new, bucket.skip)
+    for indices in _equal_shapes(bucket):
+        part = bucket.part(indices)
+        if part.l2 is not None:
+            part.grads = [wide(g) + part.l2 * wide(p) for p, g in zip(part.params, part.grads, strict=True)]
+        seen = _seen(rule, part)
+        for p, g, step in zip(part.params, seen.grads, rule.whole(seen), strict=True):
+            if step is not None:
+                _write(part, p, wide(g), step)
+        _keep(rule, part, seen)
+
+
+def _equal_shapes(bucket: Bucket) -> Iterator[list[int]]:
+    """Indices of weights of one shape, in the order of the first of each, `_AT_ONCE` elements at most."""
+    found: dict[torch.Size, list[int]] = {}
+    for i, p in enumerate(bucket.params):
+        found.setdefault(p.shape, []).append(i)
+    for shape, indices in found.items():
+        count = max(1, _AT_ONCE // max(1, shape.numel()))
+        yield from (indices[k : k + count] for k in range(0, len(indices), count))
+
+
+def _seen(rule: Rule, part: Bucket) -> Bucket:
+    """The part as the rule sees it: whole tensors, and states that it may overwrite."""
+
+    def own(state: Any) -> Any:
+        if _is_split(state):
+            return _whole(state)
+        return state.clone() if part.skip is not None and isinstance(state, Tensor) else state
+
+    states = tuple([own(state) for state in column] for column in part.states)
+    extra = []
+    for i, state in enumerate(part.extra or []):
+        named = dict(zip(rule.state, (column[i] for column in states), strict=True))
+        extra.append({name: named[name] if name in named else own(value) for name, value in state.items()})
+    return replace(part, grads=[_whole(g) for g in part.grads], states=states, extra=extra)
+
+
+def _keep(rule: Rule, part: Bucket, seen: Bucket) -> None:
+    """Writes states that the rule had copies of, and the numbers and words among them."""
+    pairs = [pair for columns in zip(part.states, seen.states, strict=True) for pair in zip(*columns, strict=True)]
+    for state, copies in zip(part.extra or [], seen.extra or [], strict=True):
+        for name in copies.keys() - set(rule.state):
+            if isinstance(copies[name], Tensor) and name in state:
+                pairs.append((state[name], copies[name]))
+            else:
+                state[name] = copies[name]
+    for old, new in pairs:
+        if new is not old:
+            _local(old).copy_(kept(_local(old), _part_of(new, old), part.skip))
+
+
+def _write(part: Bucket, p: Tensor, g: Tensor, step: Tensor) -> None:
+    """One weight, or this rank's part of it; gradient and step are whole."""
+    if part.variant.cautious:
+        step = _cautious(step, g)
+    step, mine = _part_of(step, p), _local(p)
+    new = scratch(mine, part.skip)
+    if part.variant.cautious_decay:
+        new.copy_(torch.where(step * new < 0, new, new * part.shrink))
+    elif part.shrink is not None:
+        new.mul_(part.shrink)
+    new.sub_(step)
+    write_back(mine, new, part.skip, part.variant.salt(0, mine.dtype, part.step))
 
 
 def _cautious(step: Tensor, g: Tensor) -> Tensor:
     agrees = step * g > 0
     return torch.where(agrees, step / agrees.to(step.dtype).mean().clamp(min=1e-3), 0.0)
+
+
+def _is_split(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")
+
+
+def _whole(tensor: Any) -> Tensor:
+    """A DTensor gathered, a copy on every rank; a plain tensor as it is."""
+    return tensor.full_tensor() if _is_split(tensor) else tensor
+
+
+def _local(tensor: Any) -> Tensor:
+    return tensor.to_local() if _is_split(tensor) else tensor
+
+
+def _part_of(whole: Tensor, like: Any) -> Tensor:
+    """This rank's part of a tensor that every rank has, cut as `like` is."""
+    if not _is_split(like):
+        return whole
+    from torch.distributed.tensor import DTensor, Replicate
+
+    everywhere = [Replicate()] * like.device_mesh.ndim
+    return DTensor.from_local(whole, like.device_mesh, everywhere).redistribute(placements=like.placements).to_local()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,17 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from lightning_opt.launch.tuning import register_tuned
 from lightning_opt.plan import ConfigError, tuned_records
 
 CONFIG_NAME = "train"
 CONF = Path(__file__).resolve().parents[2] / "conf"
+
+# Launchers' plugins bring a schema of the name of our file, and bring it again in each process of theirs.
+warnings.filterwarnings("ignore", r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema", UserWarning)
 
 
 class Composer:
@@ -49,11 +53,8 @@ class Composer:
             path.prepend("command-line", f"file://{self.extra.resolve()}", SearchPathQuery(provider="schema"))
         GlobalHydra.instance().clear()
         ConfigStore.instance().__deepcopy__ = _shared
-        register_tuned(tuple(self.options_in("scale")), tuple(self.options_in("schedule")))
+        register_tuned(self.options_in("scale"), self.options_in("schedule"))
         self._hydra = Hydra.create_main_hydra2("train", path)
-        schemas = ConfigStore.instance().repo["hydra"]["launcher"]
-        for name in self.options_in("hydra/launcher"):  # Hydra warns where a plugin brings a file of the same name
-            schemas.pop(f"{name}.yaml", None)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -152,38 +153,3 @@ def _one_line(overrides: Sequence[str]) -> Iterator[None]:
 def _shared(memo: dict[int, Any]) -> ConfigStore:
     """Hydra copies the whole store at every composition, and each node that it takes from it once more."""
     return ConfigStore.instance()
-
-
-@cache
-def register_tuned(scales: tuple[str, ...], schedules: tuple[str, ...]) -> None:
-    """Puts plan's records where `optional tuned: <optimizer>/<model>_<scale>_<schedule>` finds them.
-
-    A record's own schedule comes with it where the schedule is `auto`, and only there: one that the user chose stays.
-    `tuned=<optimizer>/<model>_<scale>` takes the other values of any record.
-
-    Args:
-        scales: every scale there is, for records that hold at any.
-        schedules: every choice of a schedule.
-    """
-    store = ConfigStore.instance()
-    for record in sorted(
-        tuned_records(), key=lambda record: "any" not in record.scales
-    ):  # the exact ones last: they win
-        whole = OmegaConf.create(_nested(record.values))
-        others = OmegaConf.masked_copy(whole, [key for key in whole if key != "schedule"])
-        for scale in scales if "any" in record.scales else record.scales:
-            cell = f"{record.model}_{scale}"
-            for name in (cell, *(f"{cell}_{schedule}" for schedule in schedules)):
-                node = whole if name == f"{cell}_auto" else others
-                store.store(name, node, f"tuned/{record.optimizer}", "_global_", "tuned")
-
-
-def _nested(values: dict[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, value in values.items():
-        *parents, last = path.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
-    return tree

@@ -36,6 +36,8 @@ def main(argv: Sequence[str], conf: Path = CONF) -> int:
     try:
         with terminable(), guarding(dict(word.partition("=")[::2] for word in argv)):
             return _main(argv, conf)
+    except ConfigError as error:  # of the environment, which the handlers of signals ask for already
+        return refuse(error)
     except (KeyboardInterrupt, Terminated) as stop:
         return give_up(stop)
 

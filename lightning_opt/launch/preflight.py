@@ -19,6 +19,7 @@ from lightning_opt.launch.launchers import check_launcher
 from lightning_opt.launch.names import check_field, check_group, is_group_choice
 from lightning_opt.launch.resolve import plain_config, saved_config
 from lightning_opt.launch.targets import check_loggers, check_targets
+from lightning_opt.launch.tuning import chosen_record
 from lightning_opt.optim import list_optimizers
 from lightning_opt.plan import ConfigError
 from lightning_opt.plan.words import one_of
@@ -147,6 +148,8 @@ def check_job(cfg: DictConfig) -> dict[str, Any]:
     from lightning_opt import data, evaluation  # their checks need no torch
 
     config = plan.normalised(plain_config(cfg))
+    if "hydra" in cfg and (record := chosen_record(cfg.hydra.runtime.choices)):
+        record.check_size(config["model"].get("non_embedding_params"))
     run = plan.check(config)
     _check_rules(config["optimizer"])
     check_targets({key: config[key] for key in ("model", "callbacks") if key in config})
@@ -167,10 +170,11 @@ def check_start(cfg: DictConfig, config: dict[str, Any]) -> None:
 
 def _check_rules(optimizer: dict[str, Any]) -> None:
     known = list_optimizers()
-    for role, settings in (optimizer.get("roles") or {}).items():
-        rule = settings.get("rule")
-        if rule is not None and rule not in known:
-            raise ConfigError(f"optimizer.roles.{role}.rule", rule, one_of(rule, known))
+    for places in ("roles", "phases"):
+        for place, settings in (optimizer.get(places) or {}).items():
+            rule = (settings or {}).get("rule")
+            if rule is not None and rule not in known:
+                raise ConfigError(f"optimizer.{places}.{place}.rule", rule, one_of(rule, known))
 
 
 def _check_scale_counts(job: Sequence[Override], config: dict[str, Any]) -> None:

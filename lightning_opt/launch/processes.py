@@ -22,6 +22,7 @@ from typing import Any
 
 from lightning_opt.job import leave
 from lightning_opt.job.signals import STOP_SIGNALS
+from lightning_opt.launch.refusing import say
 from lightning_opt.run_folder import ExitCode
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -246,7 +247,7 @@ class Pool:
     @staticmethod
     def _print(job: _Running, lines: Sequence[bytes]) -> None:
         for line in lines:
-            print(f"{job.task.prefix} {line.decode(errors='replace')}".rstrip(), flush=True)
+            say(f"{job.task.prefix} {line.decode(errors='replace')}".rstrip(), sys.stdout)
 
     def _end(self, job: _Running) -> int:
         job.process.join()

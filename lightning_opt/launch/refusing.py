@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import socket
 import sys
+from contextlib import suppress
+from typing import TextIO
 
 from lightning_opt.job.signals import Terminated
-from lightning_opt.plan import ConfigError, place
+from lightning_opt.plan import ConfigError, Place, place
 from lightning_opt.run_folder import ExitCode
+
+
+def say(line: str, stream: TextIO | None = None) -> None:
+    """Prints, by default to stderr; on a full disk, or where the reader is gone, records and exit codes say it."""
+    with suppress(OSError):
+        print(line, file=stream or sys.stderr, flush=True)
 
 
 def refuse(error: ConfigError) -> ExitCode:
@@ -16,9 +24,12 @@ def refuse(error: ConfigError) -> ExitCode:
     Returns:
         The exit code of a wrong configuration.
     """
-    here = place()
+    try:
+        here = place()
+    except ConfigError:  # it is what is wrong
+        here = Place()
     if here.local_rank == 0:
-        print(error if here.first else f"{socket.gethostname()}: {error}", file=sys.stderr)
+        say(str(error) if here.first else f"{socket.gethostname()}: {error}")
     return ExitCode.CONFIGURATION
 
 
@@ -29,5 +40,5 @@ def give_up(stop: KeyboardInterrupt | Terminated) -> ExitCode:
         The exit code.
     """
     said = f"stopped by {stop.name}" if isinstance(stop, Terminated) else "interrupted"
-    print(f"{said} before anything was started", file=sys.stderr, flush=True)
+    say(f"{said} before anything was started")
     return ExitCode.PREEMPTED if isinstance(stop, Terminated) else ExitCode.INTERRUPTED

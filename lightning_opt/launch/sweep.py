@@ -6,6 +6,7 @@ import functools
 import os
 import shlex
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -22,6 +23,7 @@ from lightning_opt.job.signals import STOP_SIGNALS, Signals, Terminated, termina
 from lightning_opt.launch import processes, task
 from lightning_opt.launch.compose import CONF
 from lightning_opt.launch.preflight import Command
+from lightning_opt.launch.refusing import say
 from lightning_opt.launch.resolve import quoted, redact
 from lightning_opt.plan import ConfigError
 from lightning_opt.run_folder import (
@@ -353,4 +355,4 @@ def _compare(folder: SweepFolder, signals: Signals) -> None:
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    say(line, sys.stdout)

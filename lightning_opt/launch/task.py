@@ -17,9 +17,10 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_opt.checkpoints import find
 from lightning_opt.job.signals import Terminated, terminable
 from lightning_opt.launch.preflight import check_job, check_start
-from lightning_opt.launch.refusing import give_up, refuse
+from lightning_opt.launch.refusing import give_up, refuse, say
 from lightning_opt.launch.resolve import redact, saved_text
-from lightning_opt.plan import ConfigError, place, secrets, tuned
+from lightning_opt.launch.tuning import chosen_record
+from lightning_opt.plan import ConfigError, place, secrets
 from lightning_opt.run_folder import (
     FINISHED_STATES,
     ExitCode,
@@ -130,10 +131,10 @@ def _ended(folder: RunFolder, config: dict[str, Any], code: ExitCode, reason: st
     if code in STOPS:
         reason += f" at step {status['step']}" if status.get("step") else " before the first step"
     reason, trace = secrets.mask(reason), secrets.mask(trace)
-    print(trace.rstrip() or reason, file=sys.stderr, flush=True)
     state = "PREEMPTED" if code in STOPS else "FAILED"
     if status.get("state", "RUNNING") == "RUNNING":  # since it was claimed
         record_end(folder, config_hash(config), state, reason, trace)
+    say(trace.rstrip() or reason)
     return code
 
 
@@ -185,29 +186,24 @@ def _claim(cfg: DictConfig, config: dict[str, Any]) -> RunFolder:
     except OSError as error:
         raise ConfigError(field, str(named or root), f"must be a folder we can write to ({error.strerror})") from None
     if not adopted and named is None and resume == "auto" and hydra.mode != RunMode.MULTIRUN:
-        _tell_of_unfinished(folder)
+        _tell_of_unfinished(folder, hash)
     return folder
 
 
-def _tell_of_unfinished(folder: RunFolder) -> None:
+def _tell_of_unfinished(folder: RunFolder, hash: str) -> None:
     """The run of this name before this one may be what the user meant to go on with, and then changed a value."""
     earlier = [path for path in sorted(folder.path.parent.glob("*Z-*")) if path != folder.path]
     last = RunFolder(earlier[-1]) if earlier else folder
     status = read_status(last.status)
-    if owner_is_gone(status) and status.get("state") not in FINISHED_STATES and (found := find(last.checkpoints)):
+    unfinished = owner_is_gone(status) and status.get("state") not in FINISHED_STATES
+    if unfinished and status.get("config_hash") != hash and (found := find(last.checkpoints)):
         where = f"{last.path} has another configuration and was left unfinished at step {found[0].step}"
-        print(f"{where}: to go on from there add resume={last.path}", file=sys.stderr, flush=True)
+        say(f"{where}: to go on from there add resume={last.path}")
 
 
 def tuned_values(cfg: DictConfig) -> dict[str, Any] | None:
     """The tuned record that is in effect, with those of its values that nothing overrode; None without one."""
-    choices = HydraConfig.get().runtime.choices
-    name = choices.get("tuned")
-    if not name:
-        return None
-    optimizer, _, cell = str(name).partition("/")
-    model, _, scale = cell.removesuffix(f"_{choices.get('schedule')}").rpartition("_")
-    record = tuned(optimizer, model, scale)
+    record = chosen_record(HydraConfig.get().runtime.choices)
     if record is None:
         return None
     kept = {key: value for key, value in record.values.items() if _plain(OmegaConf.select(cfg, key)) == value}

@@ -8,6 +8,8 @@ __getattr__, __dir__, __all__ = attach(
     {
         "base": ["Optimizer"],
         "routing": ["build"],
+        "phased": ["Phased", "Switch"],
+        "dynamic": ["Dynamic"],
         "saved": ["with_values_of"],
         "catalogue": ["OPTIMIZERS", "find_rule", "list_optimizers"],
         **{module: [cls] for module, cls in OPTIMIZERS.items()},

@@ -12,6 +12,12 @@ convention that the decay carries the whole scheduled rate. Adam: Kingma and Ba 
 
 Tuning: the peak rate first (worth up to 2x in tokens: Wen et al. 2025, arXiv 2509.02046); language models take
 betas (0.9, 0.95 to 0.98), decay 0.1, clipping at 1, and no decay on norms, biases and embeddings.
+
+Traps: the decay is lr * wd, so a lower rate decays less too, and torch's default wd of 0.01 is a tenth of what language
+models take. The word means other numbers elsewhere: optimi's ``decouple_lr`` (mode ``independent``) wants about 1e-5,
+and 0.1 there takes a tenth off every weight in every step. After one gradient 100 times the usual a weight's steps are
+0.3 as long at beta2 0.999 and 0.46 still 1000 steps later: clip. torch's own does not take its fused kernel unless told
+``fused=True``, and without it is 5 times slower on a CPU (27M weights): compare with that.
 """
 
 from __future__ import annotations
@@ -22,7 +28,7 @@ from typing import Any
 
 import torch
 
-from lightning_opt.kernels import Rule, fused
+from lightning_opt.kernels import Rule, Step, fused
 from lightning_opt.optim.base import Optimizer
 
 
@@ -37,8 +43,10 @@ class AdamW(Optimizer):
         weight_decay: typical 0.1 for language models.
         max_grad_norm: the gradient is clipped to this norm before the update; None = no clipping.
         weight_decay_mode: ``decoupled``, ``independent`` or ``l2`` (see `Optimizer`; ``l2`` makes it plain Adam).
-        state_dtype: of the first moment, ``float32`` or ``bfloat16``. The second moment stays float32: a step changes
-            it by (1 - beta2) of itself, which is below half a bfloat16 step, so it would stand still far too low.
+        cautious, cautious_weight_decay: see `Optimizer`.
+        state_dtype: ``float32``; ``bfloat16`` for the first moment. The second stays float32 then: a step changes it by
+            (1 - beta2) of itself, which is below half a bfloat16 step, so it would stand still far too low. ``int8``
+            holds both, the second rounded by chance (2.03 bytes per weight, see `kernels.quantised`).
         implementation: ``auto``, ``eager``, ``foreach``, ``compiled`` or ``fused``.
 
     Raises:
@@ -55,6 +63,8 @@ class AdamW(Optimizer):
         *,
         max_grad_norm: float | None = None,
         weight_decay_mode: str = "decoupled",
+        cautious: bool = False,
+        cautious_weight_decay: bool = False,
         state_dtype: str = "float32",
         implementation: str = "auto",
         **unknown: Any,
@@ -68,18 +78,20 @@ class AdamW(Optimizer):
             weight_decay=weight_decay,
             max_grad_norm=max_grad_norm,
             weight_decay_mode=weight_decay_mode,
+            cautious=cautious,
+            cautious_weight_decay=cautious_weight_decay,
             state_dtype=state_dtype,
             implementation=implementation,
             **unknown,
         )
 
 
-def scalars(step: int, group: Mapping[str, Any]) -> dict[str, float]:
+def scalars(step: Step, group: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of one step."""
     beta1, beta2 = group["betas"]
     return {
-        "rate": group["lr"] / (1 - beta1**step),
-        "root": math.sqrt(1 - beta2**step),
+        "rate": group["lr"] / (1 - beta1 ** step.of("exp_avg")),
+        "root": math.sqrt(1 - beta2 ** step.of("exp_avg_sq")),
         "new1": 1 - beta1,
         "new2": 1 - beta2,
         "eps": group["eps"],
@@ -101,5 +113,6 @@ RULE = Rule(
     defaults={"betas": (0.9, 0.999), "eps": 1e-8},
     traffic=28,
     wide_state=("exp_avg_sq",),
+    codes={"exp_avg": torch.int8, "exp_avg_sq": torch.uint8},
     fused=fused.adamw,
 )

@@ -10,28 +10,22 @@ from torch import Tensor
 
 from lightning_opt import kernels
 from lightning_opt.kernels import Bucket, Choice, Later, Rule, Variant
-from lightning_opt.optim.buckets import Row, filled_bucket, layout_of
-from lightning_opt.optim.catalogue import find_rule
+from lightning_opt.optim.buckets import Row, filled_bucket, layout_of, since
+from lightning_opt.optim.catalogue import find_rule, rule_of
 from lightning_opt.optim.clipping import Clipping
-from lightning_opt.optim.saved import fitted, plain
-from lightning_opt.optim.storage import bytes_held, fresh_state, planned_bytes, state_dtypes, warn_of_lost_updates
-from lightning_opt.plan import ConfigError, check_value, one_of
-
-# Every rule has these; a rule adds its own (`Rule.defaults`).
-COMMON: dict[str, Any] = {
-    "lr": 1e-3,
-    "weight_decay": 0.0,
-    "weight_decay_mode": "decoupled",
-    "max_grad_norm": None,
-    "cautious": False,
-    "cautious_weight_decay": False,
-    "state_dtype": "float32",
-    "implementation": "auto",
-}
-# What else a group may carry. `pieces` and `heads` are lists aligned with the group's parameters, or None: the rows of
-# the matrices fused in each weight, and the number of attention heads its rows belong to (see `optim.routing`).
-_BOOKKEEPING: dict[str, Any] = {"rule": None, "role": "all", "clip_group": "", "pieces": None, "heads": None}
-_ALLOWED = frozenset({"params", "param_names", "name", "initial_lr", *COMMON, *_BOOKKEEPING})
+from lightning_opt.optim.groups import ALLOWED, BOOKKEEPING, COMMON, at_rate, checked, decay, refuse_unknown
+from lightning_opt.optim.saved import fitted, with_values_of
+from lightning_opt.optim.storage import (
+    bytes_held,
+    fresh_state,
+    planned_bytes,
+    restored,
+    state_dtypes,
+    updated_dtype,
+    warn_of_lost_updates,
+    write_narrow,
+)
+from lightning_opt.plan import ConfigError
 
 Hook = Callable[["Optimizer"], None]
 
@@ -79,10 +73,10 @@ class Optimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Any, *, rule: str, **hyper: Any) -> None:
         spec = find_rule(rule)
-        _refuse_unknown(spec, hyper)
-        defaults = {**_BOOKKEEPING, **COMMON, **spec.defaults, **hyper, "rule": rule}
+        refuse_unknown(spec, hyper)
+        defaults = {**BOOKKEEPING, **COMMON, **spec.defaults, **hyper, "rule": rule}
         self._set_up()
-        super().__init__(params, _checked(spec, defaults))
+        super().__init__(params, checked(spec, defaults))
 
     def _set_up(self) -> None:
         """Attributes that are no part of torch's optimizer; kept where they exist (torch calls __setstate__ often)."""
@@ -93,6 +87,7 @@ class Optimizer(torch.optim.Optimizer):
         self.__dict__.setdefault("_stepped", False)
         self.__dict__.setdefault("_skip", False)
         self.__dict__.setdefault("_uncertain", None)  # a masked step: the mask, and the states that counted it
+        self.__dict__.setdefault("_trained", None)  # while averaged weights are in place: the trained ones
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -106,24 +101,27 @@ class Optimizer(torch.optim.Optimizer):
             ValueError: for a parameter that is already held or cannot be trained.
         """
         spec = find_rule(param_group.get("rule") or self.defaults["rule"])
-        _refuse_unknown(spec, param_group)
-        inherited = {key: value for key, value in self.defaults.items() if key in _ALLOWED or key in spec.defaults}
+        refuse_unknown(spec, param_group)
+        inherited = {key: value for key, value in self.defaults.items() if key in ALLOWED or key in spec.defaults}
+        if spec.name != self.defaults["rule"]:  # `cautious` of a cautious rule is that rule's
+            presets = {*find_rule(self.defaults["rule"]).defaults, *spec.defaults} & COMMON.keys()
+            inherited |= {key: spec.defaults.get(key, COMMON[key]) for key in presets}
         group = {**spec.defaults, **inherited, **param_group, "rule": spec.name}
         params = group.pop("params")
-        group = {**_checked(spec, group), "params": [params] if isinstance(params, Tensor) else list(params)}
+        group = {**checked(spec, group), "params": [params] if isinstance(params, Tensor) else list(params)}
         plain = [entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]]
         if len({id(p) for p in plain}) != len(plain):
             raise ValueError("a parameter is listed twice in one group: tied weights are updated once")
         if any(isinstance(p, Tensor) and p.is_complex() for p in plain):
             raise ValueError("complex parameters are not supported: train torch.view_as_real(p) instead")
-        if small := [p for p in plain if isinstance(p, Tensor) and p.ndim < spec.least_ndim]:
+        if small := [p for p in plain if isinstance(p, Tensor) and p.ndim < rule_of(group).least_ndim]:
             raise ValueError(
                 f"{spec.name} takes matrices, and a parameter has shape {tuple(small[0].shape)}: hand it the hidden "
                 "matrices only and the rest to another group, or let optim.build(model, config) route them by role"
             )
         group.setdefault("initial_lr", group["lr"])
-        super().add_param_group(group)
-        for key in set(self.param_groups[-1]) - set(group) - _ALLOWED:
+        super().add_param_group({**group})
+        for key in set(self.param_groups[-1]) - set(group) - ALLOWED:
             del self.param_groups[-1][key]  # torch fills in every default, also those of another rule
         self._elements.clear()
 
@@ -137,8 +135,11 @@ class Optimizer(torch.optim.Optimizer):
             closure: called once, first, with gradients enabled; its result is returned.
 
         Raises:
-            RuntimeError: for sparse gradients.
+            RuntimeError: for sparse gradients, or while averaged weights are in place (`eval`).
+            ConfigError: a rule lacks a signal it needs.
         """
+        if self._trained is not None:
+            raise RuntimeError("the averaged weights are in place: call the optimizer's train() before its next step")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -147,23 +148,49 @@ class Optimizer(torch.optim.Optimizer):
         if limited and not self._clipping.holds(self.param_groups):
             self.clip_()
         self._clipping.forget()
-        if not self._stepped:
-            self._stepped = True
-            warn_of_lost_updates(self.param_groups)
         self._settle()
         self._skip = False
         for hook in list(self._before_update):
             hook(self)
-        if self._skip is True:
-            return loss
+        if not self._stepped:
+            self._stepped = True
+            self._refuse_unmet_needs()
+            warn_of_lost_updates(self.param_groups)
+        if self._skip is not True:
+            self._update()
+        self._turn()
+        return loss
+
+    @torch.no_grad()
+    def update_early(self, group: dict[str, Any], norm: Tensor) -> None:
+        """Updates some weights before the step that ends this backward pass (`optim.releasing`).
+
+        Args:
+            group: one of `param_groups` with fewer `params`.
+            norm: of their gradients before clipping; `clip_` adds them up.
+        """
+        self._skip = False
+        self._clipping.add(group["role"], norm)
+        self._update([group])
+
+    def _update(self, groups: list[dict[str, Any]] | None = None) -> None:
+        """Every rule's update, with the gradients as they are now."""
         counted: list[dict[str, Any]] = []
-        for group in self.param_groups:
-            rule = find_rule(group["rule"])
-            for bucket in self._buckets(rule, group, counted):
+        work: dict[Rule, list[tuple[Bucket, dict[str, Any]]]] = {}
+        for group in map(at_rate, self.param_groups if groups is None else groups):
+            rule = rule_of(group)
+            work.setdefault(rule, []).extend((bucket, group) for bucket in self._buckets(rule, group, counted))
+        for rule, rows in work.items():
+            if rule.together is not None:
+                rule.together([bucket for bucket, _ in rows])
+            for bucket, group in rows:
                 kernels.run(self._choice(rule, group, bucket).implementation, rule, bucket)
+                write_narrow(bucket)
         if self._skip is not False:
             self._uncertain = Later(self._skip), counted
-        return loss
+
+    def _turn(self) -> None:
+        """Called at the end of every step, taken or skipped: where phases change, for the next one."""
 
     def skip_step(self, flag: bool | Tensor) -> None:
         """Leaves weights and state untouched in the step under way if `flag` is true; for a before-update hook.
@@ -196,19 +223,24 @@ class Optimizer(torch.optim.Optimizer):
                 continue
             if grad.layout is not torch.strided:
                 _refuse_sparse(grad)
-            state = self.state[p]
             layout = layout_of(group, index)
-            if not state:
-                state["step"] = 0
-                state |= fresh_state(rule, group, p, layout)
+            state = self._state_of(rule, group, p, layout)
             state["step"] += 1
             counted.append(state)
             row = Row.of(rule, p, grad, state, layout)
             found.setdefault((state["step"], *row.kind), []).append(row)
-        shrink, l2 = (None, None) if rule.own_decay else _decay(group)
+        shrink, l2 = (None, None) if rule.own_decay else decay(group)
         for (step, *_), rows in found.items():
             skip = self._skip.to(rows[0].tensors[0].device) if isinstance(self._skip, Tensor) else None
             yield filled_bucket(rule, rows, step, group, shrink=shrink, l2=l2, skip=skip)
+
+    def _state_of(self, rule: Rule, group: Mapping[str, Any], p: Tensor, layout: Mapping[str, Any]) -> dict[str, Any]:
+        """A parameter's state, made where it has none."""
+        state = self.state[p]
+        if not state:
+            state["step"] = 0
+            state |= fresh_state(rule, group, p, layout)
+        return state
 
     def register_before_update_hook(self, hook: Hook) -> Callable[[], None]:
         """Calls ``hook(optimizer)`` in every step after the closure and before a weight changes.
@@ -226,8 +258,12 @@ class Optimizer(torch.optim.Optimizer):
         """Names of the signals that this optimizer's rules cannot work without."""
         return frozenset().union(*(find_rule(group["rule"]).needs for group in self.param_groups))
 
+    @torch.no_grad()
     def observe(self, **signals: Any) -> None:
         """Takes signals by name; what no rule here needs is refused.
+
+        A signal per parameter, {parameter: tensor}, goes into the states of the rules that take it; an empty one says
+        that somebody feeds it, though there is nothing new.
 
         Raises:
             ConfigError: for a signal that is not in `needs`.
@@ -236,7 +272,54 @@ class Optimizer(torch.optim.Optimizer):
             if name not in self.needs:
                 wanted = ", ".join(sorted(self.needs)) or "no signals"
                 raise ConfigError(f"observe.{name}", value, f"this optimizer needs {wanted}")
-            self._signals[name] = value
+            per_parameter = isinstance(value, Mapping)
+            self._signals[name] = None if per_parameter else value
+            for group in self.param_groups if per_parameter else ():
+                rule = rule_of(group)
+                for index, p in enumerate(group["params"] if name in rule.observed else ()):
+                    if p in value:
+                        state = self._state_of(rule, group, p, layout_of(group, index))
+                        rule.observed[name](state, value[p], group)
+
+    def _refuse_unmet_needs(self) -> None:
+        if unmet := sorted(self.needs - self._signals.keys()):
+            what = f"needs {', '.join(unmet)}: add the callback OptimizerSignals, or call observe() before each step"
+            raise ConfigError("optimizer", ", ".join(sorted({group["rule"] for group in self.param_groups})), what)
+
+    # -- averaged weights -------------------------------------------------------------------------------------------
+
+    @property
+    def averages(self) -> bool:
+        """Whether the weights to use are others than those that are trained."""
+        return any(rule_of(group).averaged is not None for group in self.param_groups)
+
+    @property
+    def swapped(self) -> bool:
+        """Whether averaged weights are in place of the trained ones."""
+        return self._trained is not None
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Puts the weights to validate, export or score in place of the trained ones, which are kept meanwhile.
+
+        For rules that average their iterates (schedule-free); nothing for others, or where they are in place already.
+        """
+        if self._trained is not None or not self.averages:
+            return
+        self._trained = {}
+        for group in self.param_groups:
+            rule = rule_of(group)
+            for p in group["params"] if rule.averaged is not None else ():
+                if state := self.state.get(p):
+                    self._trained[p] = p.detach().clone()
+                    p.copy_(rule.averaged(p, state, group))
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Puts the trained weights back, to the last bit."""
+        trained, self._trained = self._trained or {}, None
+        for p, weights in trained.items():
+            p.copy_(weights)
 
     # -- clipping ---------------------------------------------------------------------------------------------------
 
@@ -269,7 +352,8 @@ class Optimizer(torch.optim.Optimizer):
     # -- what runs, what it holds -----------------------------------------------------------------------------------
 
     def _choice(self, rule: Rule, group: Mapping[str, Any], bucket: Bucket) -> Choice:
-        return self._choose(rule, group, bucket.params[0].device, bucket.dtypes, bucket.variant)
+        one_count = not bucket.step.since
+        return self._choose(rule, group, bucket.params[0].device, bucket.dtypes, bucket.variant, one_count)
 
     def _choose(
         self,
@@ -278,19 +362,24 @@ class Optimizer(torch.optim.Optimizer):
         device: torch.device,
         dtypes: tuple[torch.dtype, ...],
         variant: Variant,
+        one_count: bool,
     ) -> Choice:
         if rule.name not in self._elements:
             members = (p for g in self.param_groups if g["rule"] == rule.name for p in g["params"])
             self._elements[rule.name] = sum(p.numel() for p in members)
-        return kernels.choose(rule, group["implementation"], device, dtypes, self._elements[rule.name], variant)
+        elements = self._elements[rule.name]
+        return kernels.choose(rule, group["implementation"], device, dtypes, elements, variant, one_count)
 
     def _choice_of(self, group: Mapping[str, Any]) -> Choice:
-        rule = find_rule(group["rule"])
+        rule = rule_of(group)
         largest = max(group["params"], key=lambda p: p.numel())
         states = state_dtypes(rule, group, largest).values()
-        shrink, l2 = (None, None) if rule.own_decay else _decay(group)
-        variant = Variant(l2 is not None, group["cautious"], group["cautious_weight_decay"] and shrink is not None)
-        return self._choose(rule, group, largest.device, (largest.dtype, largest.dtype, *states), variant)
+        shrink, l2 = (None, None) if rule.own_decay else decay(group)
+        variant = Variant.of(group, shrink, l2)
+        one_count = not since(self.state.get(largest, {}))
+        return self._choose(
+            rule, group, largest.device, (updated_dtype(group, largest), largest.dtype, *states), variant, one_count
+        )
 
     @property
     def implementations(self) -> dict[str, str]:
@@ -311,7 +400,7 @@ class Optimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             params = group["params"]
             held = sum(bytes_held(self.state[p]) for p in params if p in self.state)
-            rule = find_rule(group["rule"])
+            rule = rule_of(group)
             planned = sum(planned_bytes(rule, group, p, layout_of(group, i)) for i, p in enumerate(params))
             rows.append(
                 {
@@ -320,7 +409,7 @@ class Optimizer(torch.optim.Optimizer):
                     "implementation": str(self._choice_of(group)) if params else "",
                     "tensors": len(params),
                     "params": sum(p.numel() for p in params),
-                    "lr": group.get("initial_lr", group["lr"]),
+                    "lr": group.get("initial_lr", group["lr"]) * group["lr_factor"],
                     "weight_decay": group["weight_decay"],
                     "max_grad_norm": group["max_grad_norm"],
                     "state_bytes": held or planned,
@@ -335,6 +424,13 @@ class Optimizer(torch.optim.Optimizer):
         self._settle()
         return super().state_dict()
 
+    def with_own_values(self, state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
+        """A saved state under the hyperparameters of this optimizer, for `load_state_dict`; None if it fits no state.
+
+        `load_state_dict` alone goes on with the hyperparameters that were saved.
+        """
+        return with_values_of(self.param_groups, state_dict)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` returned, or a state of torch.optim.AdamW into our AdamW.
 
@@ -345,45 +441,16 @@ class Optimizer(torch.optim.Optimizer):
             ConfigError: where the checkpoint's groups, rules, roles or states are not this optimizer's.
             ValueError: where a group holds another number of parameters.
         """
-        self._uncertain = None
+        self._uncertain = self._trained = None
         state_dict = fitted(state_dict, self.param_groups)
         saved_ids = [group["params"] for group in state_dict["param_groups"]]
         super().load_state_dict(state_dict)
         for group, ids in zip(self.param_groups, saved_ids, strict=True):
-            rule = find_rule(group["rule"])
+            rule = rule_of(group)
             for index, p in zip(ids, group["params"], strict=True):
-                # torch casts state to the parameter's dtype: that would round the float32 state of bfloat16 weights.
-                asked = state_dtypes(rule, group, p)
-                for name, saved in state_dict["state"].get(index, {}).items():
-                    if isinstance(saved, Tensor):
-                        dtype = asked.get(name, saved.dtype)
-                        if self.state[p][name].dtype != dtype:
-                            self.state[p][name] = saved.to(device=p.device, dtype=dtype)
-
-
-def _refuse_unknown(spec: Rule, hyper: Mapping[str, Any]) -> None:
-    for key, value in hyper.items():
-        if key not in _ALLOWED and key not in spec.defaults:
-            raise ConfigError(f"{spec.name}.{key}", value, one_of(key, [*COMMON, *spec.defaults]))
-
-
-def _checked(spec: Rule, group: Mapping[str, Any]) -> dict[str, Any]:
-    """The group with its values checked and in plain types."""
-    checked = dict(group)
-    for key in (*COMMON, *spec.defaults):
-        value = plain(group[key])
-        still = key == "lr" and type(value) in (int, float) and value == 0  # only a configuration refuses it
-        checked[key] = 0.0 if still else check_value(f"{spec.name}.{key}", value)
-    if checked.get("initial_lr") is not None:
-        checked["initial_lr"] = plain(checked["initial_lr"])
-    if checked["cautious"] and spec.writes:
-        raise ConfigError(
-            f"{spec.name}.cautious", True, f"{spec.name} writes its weights itself: false is all it can do"
-        )
-    asked, possible = checked["implementation"], kernels.possible(spec)
-    if asked != "auto" and asked not in possible:
-        raise ConfigError(f"{spec.name}.implementation", asked, f"{spec.name} has auto, {', '.join(possible)}")
-    return checked
+                # torch casts state to the parameter's dtype, which would round float32 states and break codes
+                if saved := state_dict["state"].get(index):
+                    self.state[p] = restored(rule, group, p, saved)
 
 
 def _refuse_sparse(grad: Tensor) -> None:
@@ -391,15 +458,3 @@ def _refuse_sparse(grad: Tensor) -> None:
         raise RuntimeError(
             f"a gradient is sparse ({grad.layout}): build the embedding with sparse=False, these rules need dense ones"
         )
-
-
-def _decay(group: Mapping[str, Any]) -> tuple[float | None, float | None]:
-    """(factor on the weights, coefficient of the weights in the gradient), None where there is none."""
-    wd, lr = group["weight_decay"], group["lr"]
-    if wd == 0:
-        return None, None
-    if group["weight_decay_mode"] == "l2":
-        return None, wd
-    if group["weight_decay_mode"] == "independent":
-        return 1 - lr / (group.get("initial_lr") or lr) * wd if lr else None, None
-    return 1 - lr * wd, None

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_opt.kernels import Bucket, Rule, Step
-from lightning_opt.optim.storage import local
+from lightning_opt.anatomy import LAYOUT
+from lightning_opt.kernels import Bucket, Coded, Rule, Step
+from lightning_opt.optim.storage import local, stored, weight_of
 
 
 @dataclass(frozen=True)
@@ -18,14 +19,16 @@ class Row:
     """One parameter as its rule sees it: whole tensors, or for elementwise rules this rank's shards.
 
     Attributes:
-        tensors: weight, gradient, then the states named in `Rule.state`.
+        weight: the parameter.
+        tensors: the weight or its float32 master, gradient, then the states named in `Rule.state`.
         blocks: the states named in `Measure.state`.
         layout: what the model says about the weight.
         state: everything in ``optimizer.state[p]``.
         shard: the weight as a DTensor where `tensors` are shards of it, else None.
     """
 
-    tensors: list[Tensor]
+    weight: Tensor
+    tensors: list[Tensor | Coded]
     blocks: list[Tensor]
     layout: Mapping[str, Any]
     state: dict[str, Any]
@@ -34,26 +37,31 @@ class Row:
     @classmethod
     def of(cls, rule: Rule, p: Tensor, grad: Tensor, state: dict[str, Any], layout: Mapping[str, Any]) -> Row:
         """The row of a parameter that has its state."""
-        tensors = [p, grad, *[state[name] for name in rule.state]]
+        tensors = [weight_of(p, state), grad, *[stored(state, name) for name in rule.state]]
         blocks = [state[name] for name in rule.measure.state] if rule.measure is not None else []
         if not rule.elementwise or not hasattr(p, "to_local"):
-            return cls(tensors, blocks, layout, state)
+            return cls(p, tensors, blocks, layout, state)
         if grad.placements != p.placements:
             tensors[1] = grad.redistribute(placements=p.placements)
-        return cls([local(t) for t in tensors], blocks, layout, state, p)
+        return cls(p, [local(t) for t in tensors], blocks, layout, state, p)
 
     @property
     def kind(self) -> tuple[Any, ...]:
         """What rows of one bucket have in common, beside the step."""
-        since = tuple(sorted(self.state.get("since", {}).items()))
+        ages = tuple(sorted(since(self.state).items()))
         mesh = None if self.shard is None else self.shard.device_mesh
-        return (since, mesh, self.tensors[0].device, *[t.dtype for t in self.tensors])
+        return (ages, mesh, self.tensors[0].device, self.weight.dtype, *[t.dtype for t in self.tensors])
+
+
+def since(state: Mapping[str, Any]) -> dict[str, int]:
+    """By state, the updates before its first; without those that only a coming rule needs (`optim.phased`)."""
+    return {name: count for name, count in state.get("since", {}).items() if name not in state.get("ahead", ())}
 
 
 def layout_of(group: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """What the model says about a group's parameter: ``pieces`` (rows of the matrices fused in it), ``heads``."""
+    """What the model says about a group's parameter (see `anatomy.layouts`); {} where it says nothing."""
     found = {}
-    for key in ("pieces", "heads"):
+    for key in LAYOUT:
         values = group.get(key)
         if values is not None and values[index] is not None:
             found[key] = values[index]
@@ -73,7 +81,7 @@ def filled_bucket(
     """The bucket of rows of one kind."""
     params, grads, *states = (list(column) for column in zip(*(row.tensors for row in rows), strict=True))
     blocks = tuple(list(column) for column in zip(*(row.blocks for row in rows), strict=True))
-    counted = Step(step, rows[0].state.get("since"))
+    counted = Step(step, since(rows[0].state))
     sharded = rows[0].shard is not None
     return Bucket(
         params,
@@ -85,14 +93,24 @@ def filled_bucket(
         l2,
         group,
         skip,
-        cautious=group["cautious"],
-        cautious_decay=group["cautious_weight_decay"],
         layouts=[row.layout for row in rows],
         block_states=blocks,
         reduce=_summed_over(rows[0].shard) if sharded else None,
-        counts=[row.shard.numel() for row in rows] if sharded else None,
+        wholes=[row.shard for row in rows] if sharded else None,
+        firsts=[_first(row.shard) for row in rows] if sharded else None,
         extra=[row.state for row in rows],
+        narrow=[row.weight for row in rows] if "master" in rows[0].state else None,
     )
+
+
+def _first(shard: Any) -> int:
+    """Where in the flat whole weight this rank's shard begins; -1 where it is no run of neighbours."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    if any(placement.is_shard() and placement.dim != 0 for placement in shard.placements):
+        return -1
+    _, offset = compute_local_shape_and_global_offset(shard.shape, shard.device_mesh, shard.placements)
+    return offset[0] * shard.shape[1:].numel() if offset else 0
 
 
 def _summed_over(shard: Any) -> Callable[[Tensor], Tensor]:

@@ -21,13 +21,16 @@ class Clipping:
     def __init__(self) -> None:
         self.total: Tensor | None = None
         self.by_role: dict[str, Tensor] = {}
+        self._early: list[tuple[str, Tensor]] = []  # role and norm of gradients that are gone already
         self._clipped: list[tuple[TensorWeakRef, int]] = []  # gradients and the versions the clip left them in
 
     def clip(self, groups: list[dict[str, Any]]) -> Tensor:
         """Clips each set of groups that share a limit and a `clip_group`; returns the norm of all before that."""
         rows = _rows(groups)
         if not rows:
-            self.total, self.by_role = torch.zeros(()), {}
+            self.total = _joint([norm for _, norm in self._early]) if self._early else torch.zeros(())
+            roles = dict.fromkeys(role for role, _ in self._early)
+            self.by_role = {role: _joint([norm for of, norm in self._early if of == role]) for role in roles}
             return self.total
         norms = _norms([grad for _, grad in rows])
         self.total = _joint(norms)
@@ -51,9 +54,13 @@ class Clipping:
             for grad, (seen, version) in zip(grads, self._clipped, strict=True)
         )
 
+    def add(self, role: str, norm: Tensor) -> None:
+        """Counts a gradient that will be gone when the others are clipped."""
+        self._early.append((role, norm))
+
     def forget(self) -> None:
         """The next step clips again, even the same gradients: a CUDA graph may refill them unseen."""
-        self._clipped = []
+        self._clipped, self._early = [], []
 
 
 def _rows(groups: list[dict[str, Any]]) -> list[tuple[dict[str, Any], Tensor]]:

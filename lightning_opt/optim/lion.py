@@ -11,7 +11,13 @@ Algorithm 2. The sign is of the interpolation: taking the sign before averaging 
 
 Tuning: every weight moves by lr per step whatever its gradient, so take lr 3 to 10 times below AdamW's and the decay
 3 to 10 times above, which keeps lr * wd. Language models: betas (0.95, 0.98) when (0.9, 0.99) is unstable. It wants
-large batches (below 64 sequences the paper sees no gain). Clipping the gradient changes only its share in the momentum.
+large batches.
+
+Traps: below 64 sequences a batch the paper sees no gain over AdamW, and for ViT-B its best batch is 4096 where AdamW's
+is 256. Steps do not shrink at a minimum, only with the schedule: let it end near zero. Clipping changes only a
+gradient's share in the momentum, so it saves no run whose rate is too high. A weight whose gradient is exactly zero
+from some step on (rows of rare tokens) goes on by lr per step, 10,000 steps later still; `cautious` holds it.
+lion-pytorch's ``decoupled_weight_decay`` divides wd by the first rate: another number.
 """
 
 from __future__ import annotations
@@ -35,7 +41,9 @@ class Lion(Optimizer):
         weight_decay: typical 0.1 to 1.
         max_grad_norm: the gradient is clipped to this norm before the update; None = no clipping.
         weight_decay_mode: ``decoupled``, ``independent`` or ``l2`` (see `Optimizer`).
-        state_dtype: of the momentum, ``float32`` or ``bfloat16`` (the paper trains with it).
+        cautious, cautious_weight_decay: see `Optimizer`.
+        state_dtype: of the momentum, ``float32``, ``bfloat16`` (the paper trains with it) or ``int8`` (1.02 bytes per
+            weight, see `kernels.quantised`).
         implementation: ``auto``, ``eager``, ``foreach`` or ``compiled``.
 
     Raises:
@@ -51,6 +59,8 @@ class Lion(Optimizer):
         *,
         max_grad_norm: float | None = None,
         weight_decay_mode: str = "decoupled",
+        cautious: bool = False,
+        cautious_weight_decay: bool = False,
         state_dtype: str = "float32",
         implementation: str = "auto",
         **unknown: Any,
@@ -63,6 +73,8 @@ class Lion(Optimizer):
             weight_decay=weight_decay,
             max_grad_norm=max_grad_norm,
             weight_decay_mode=weight_decay_mode,
+            cautious=cautious,
+            cautious_weight_decay=cautious_weight_decay,
             state_dtype=state_dtype,
             implementation=implementation,
             **unknown,
@@ -82,4 +94,12 @@ def update(p: Any, g: Any, m: Any, *, lr: float, new1: float, new2: float) -> An
     return step
 
 
-RULE = Rule("lion", update, scalars, state=("exp_avg",), defaults={"betas": (0.9, 0.99)}, traffic=20)
+RULE = Rule(
+    "lion",
+    update,
+    scalars,
+    state=("exp_avg",),
+    defaults={"betas": (0.9, 0.99)},
+    traffic=20,
+    codes={"exp_avg": torch.int8},
+)

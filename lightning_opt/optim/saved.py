@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_opt.optim.catalogue import find_rule
+from lightning_opt.optim.catalogue import rule_of
 from lightning_opt.plan import ConfigError
 
 # How this process runs and clips is said by whoever built the optimizer, not by the checkpoint.
-_OWN = ("rule", "role", "clip_group", "max_grad_norm", "implementation")
+_OWN = ("rule", "role", "clip_group", "lr_factor", "max_grad_norm", "implementation")
 # Switches of torch's optimizers that change the maths, and the only value that is ours.
 _MATHS = {"amsgrad": False, "maximize": False, "decoupled_weight_decay": True}
 _TORCHS = {*_MATHS, "foreach", "capturable", "differentiable", "fused"}
@@ -51,17 +51,18 @@ def fitted(state_dict: Mapping[str, Any], groups: list[dict[str, Any]]) -> dict[
         merged.append({**new, **kept, **{key: new[key] for key in _OWN}})
         for index in old["params"]:
             if state.get(index):
-                state[index] = _counted(state[index], new["rule"], f"{field}.state")
+                state[index] = _counted(state[index], merged[-1], f"{field}.state")
     return {**state_dict, "state": state, "param_groups": merged}
 
 
-def _counted(state: Mapping[str, Any], rule: str, field: str) -> dict[str, Any]:
+def _counted(state: Mapping[str, Any], group: Mapping[str, Any], field: str) -> dict[str, Any]:
     """One parameter's state with its step as an int (torch saves a tensor)."""
-    spec = find_rule(rule)
+    spec = rule_of(group)
     wanted = {"step", *spec.state, *(spec.measure.state if spec.measure else ())}
-    found = set(state) - {"since"}
+    scales = {f"{name}_scale" for name in spec.codes}
+    found = set(state) - {"since", "ahead", "master", *scales, *state.get("ahead", ())}
     if found != wanted and not (spec.initial is not None and found > wanted):
-        raise ConfigError(field, sorted(state), f"the checkpoint's must be {', '.join(sorted(wanted))} for {rule}")
+        raise ConfigError(field, sorted(state), f"the checkpoint's must be {', '.join(sorted(wanted))} for {spec.name}")
     return {**state, "step": int(state["step"])}
 
 

@@ -9,29 +9,52 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_opt.kernels import Rule
+from lightning_opt.kernels import Bucket, Coded, Rule, quantised
 
 log = logging.getLogger("lightning_opt.optim")
 
 
+SMALLEST_CODED = 4096  # elements: below, int8 saves nothing worth its error (as in bitsandbytes)
+_SCALE = "_scale"  # what the name of a state in int8 becomes for its scales
+_NARROW = (torch.bfloat16, torch.float16)
+_written = WeakTensorKeyDictionary()  # float32 master -> version of the narrow weight that was last written from it
+
+
 def state_dtypes(rule: Rule, group: Mapping[str, Any], p: Tensor) -> dict[str, torch.dtype]:
-    """The dtype of each of a parameter's states: `state_dtype`, but what the rule needs wide is never narrower."""
+    """The dtype of each of a parameter's states: `state_dtype`, but what the rule needs wide is never narrower.
+
+    ``int8`` holds what `Rule.codes` names, in weights of at least 4096 elements that are no embeddings (rare rows would
+    lose to frequent ones in their block) and, where they are sharded, of which every rank holds whole blocks.
+    """
     if p.dtype == torch.float64:
         return dict.fromkeys(rule.state, torch.float64)
     asked = getattr(torch, group["state_dtype"])
+    if asked == torch.int8:
+        coded = p.numel() >= SMALLEST_CODED and group["role"] != "embedding" and quantised.fits(p)
+        return {name: rule.codes.get(name, torch.float32) if coded else torch.float32 for name in rule.state}
     return {name: torch.float32 if name in rule.wide_state else asked for name in rule.state}
+
+
+def updated_dtype(group: Mapping[str, Any], p: Tensor) -> torch.dtype:
+    """Of what is updated: the weight, or its float32 master."""
+    return torch.float32 if group["weight_rounding"] == "master" and p.dtype in _NARROW else p.dtype
 
 
 def fresh_state(rule: Rule, group: Mapping[str, Any], p: Tensor, layout: Mapping[str, Any]) -> dict[str, Tensor]:
     """A parameter's states before its first update, on its device."""
-    state = {
-        name: torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-        for name, dtype in state_dtypes(rule, group, p).items()
-    }
+    state: dict[str, Tensor] = {}
+    for name, dtype in state_dtypes(rule, group, p).items():
+        if dtype in quantised.LEVELS:
+            state[name], state[name + _SCALE] = quantised.zeros_like(p, dtype)
+        else:
+            state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+    if updated_dtype(group, p) != p.dtype:
+        state["master"] = p.detach().float()
     if rule.measure is not None and rule.measure.state:
         assert rule.measure.block is not None
-        blocks = max(1, local(p).numel() // max(1, rule.measure.block(local(p), layout)))
+        blocks = p.numel() // max(1, rule.measure.block(p, layout))
         exact = torch.float64 if p.dtype == torch.float64 else torch.float32
         state |= {name: torch.zeros(blocks, dtype=exact, device=p.device) for name in rule.measure.state}
     return state if rule.initial is None else state | rule.initial(p, group, layout)
@@ -47,8 +70,61 @@ def bytes_held(state: Mapping[str, Any]) -> int:
     return sum(local(value).nbytes for value in state.values() if isinstance(value, Tensor))
 
 
-def local(tensor: Tensor) -> Tensor:
+def stored(state: Mapping[str, Any], name: str) -> Tensor | Coded:
+    """One state as it is held."""
+    return Coded(state[name], state[name + _SCALE]) if name + _SCALE in state else state[name]
+
+
+def restored(rule: Rule, group: Mapping[str, Any], p: Tensor, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter's saved state as it is held here: codes stay codes, and other dtypes become what was asked for.
+
+    What this parameter would hold in float32 and was saved in int8 is decoded, and the other way round.
+    """
+    state = {k: v.to(p.device) if isinstance(v, Tensor) else v for k, v in saved.items()}
+    for name, dtype in state_dtypes(rule, group, p).items():
+        if name not in state:
+            continue
+        coded = name + _SCALE in state
+        if dtype in quantised.LEVELS and not coded:
+            state[name], state[name + _SCALE] = quantised.encode(state[name].float(), dtype)
+        elif dtype not in quantised.LEVELS:
+            held = quantised.decode(Coded(state[name], state.pop(name + _SCALE))) if coded else state[name]
+            state[name] = held.to(dtype)
+        elif hasattr(p, "to_local") and not hasattr(state[name + _SCALE], "to_local"):
+            state[name + _SCALE] = _split_as(state[name + _SCALE], p)
+    return state
+
+
+def _split_as(whole: Tensor, p: Any) -> Tensor:
+    """This rank's part of a tensor that every rank has, cut where the parameter is cut."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
+
+
+def weight_of(p: Tensor, state: Mapping[str, Any]) -> Tensor:
+    """The weight to update: the parameter, or its float32 master, with what others wrote into the parameter."""
+    master = state.get("master")
+    if master is None:
+        return p
+    if _written.get(master) != p._version:
+        master.copy_(torch.where(master.to(p.dtype) == p, master, p.to(master.dtype)))
+    return master
+
+
+def write_narrow(bucket: Bucket) -> None:
+    """Writes the weights of updated masters, rounded to nearest."""
+    if bucket.narrow is None:
+        return
+    torch._foreach_copy_([local(p) for p in bucket.narrow], [local(master) for master in bucket.params])
+    for p, state in zip(bucket.narrow, bucket.extra or [], strict=True):
+        _written[state["master"]] = p._version
+
+
+def local(tensor: Tensor | Coded) -> Any:
     """The part of a DTensor on this rank; a plain tensor as it is."""
+    if isinstance(tensor, Coded):
+        return Coded(*(local(part) for part in tensor))
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
@@ -62,7 +138,8 @@ def warn_of_lost_updates(groups: list[dict[str, Any]]) -> None:
     for group in groups:
         rate = group.get("initial_lr") or group["lr"]
         for p in group["params"]:
-            if p.grad is not None and p.dtype == torch.bfloat16 and p.numel():
+            nearest = group["weight_rounding"] == "nearest"
+            if nearest and p.grad is not None and p.dtype == torch.bfloat16 and p.numel():
                 trained += 1
                 rms = float(local(p).detach().float().square().mean().sqrt())
                 half_ulp = math.ldexp(1.0, math.frexp(rms)[1] - 9) if math.isfinite(rms) and rms else 0.0
@@ -71,7 +148,7 @@ def warn_of_lost_updates(groups: list[dict[str, Any]]) -> None:
     if lost:
         log.warning(
             "%d of %d bfloat16 weight tensors will hardly move: lr is below half a step of their storage, which rounds "
-            "to nearest (the first: %s); keep the weights in float32 (bf16-mixed)",
+            "to nearest (the first: %s); take weight_rounding stochastic or master, or float32 weights (bf16-mixed)",
             len(lost),
             trained,
             lost[0],

@@ -12,6 +12,6 @@ __getattr__, __dir__, __all__ = attach(
         "lengths": ["steps_for_epochs"],
         "processes": ["Place", "place"],
         "flops": ["flops_per_token"],
-        "records": ["TunedRecord", "tuned", "tuned_records"],
+        "records": ["TunedRecord", "tuned", "tuned_optimizers", "tuned_records"],
     },
 )

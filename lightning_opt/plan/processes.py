@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from lightning_opt.plan.values import ConfigError
+
 
 @dataclass(frozen=True)
 class Place:
@@ -44,11 +46,22 @@ class Place:
 
 
 def place(environment: Mapping[str, str] = os.environ) -> Place:
-    """Reads the environment: torchrun's variables, else those of a Slurm job step with several tasks."""
+    """Reads the environment: torchrun's variables, else those of a Slurm job step with several tasks.
+
+    Raises:
+        ConfigError: one of them is missing, or no whole number.
+    """
     if "TORCHELASTIC_RUN_ID" in environment:
-        rank, local, world = (int(environment[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-        return Place(rank, local, world, "torchrun")
-    if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+        return Place(*(_number(environment, name) for name in names), "torchrun")
+    if "SLURM_STEP_NUM_TASKS" in environment and _number(environment, "SLURM_STEP_NUM_TASKS") > 1:
         names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
-        return Place(*(int(environment[name]) for name in names), "srun")
+        return Place(*(_number(environment, name) for name in names), "srun")
     return Place()
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    value = environment.get(name)
+    if value is None or not value.isdecimal():
+        raise ConfigError(name, value, "must be a whole number: the environment variable says which process this is")
+    return int(value)

@@ -26,7 +26,7 @@ _LITERAL = re.compile(
     r"|\bAKIA[A-Z0-9]{12,}"
     r"|\beyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}(?:\.[A-Za-z0-9_-]+)?"
     r"|(?<=Bearer )[^\s,;'\"]+"
-    r"|(?<=://)(?:[^/\s:@]*:[^/\s@]+|[^/\s:@]{8,})(?=@)"
+    r"|(?<=://)(?:[^/\s:@]*:[^/\s@]+(?:@[^/\s@'\"<>]*)*|[^/\s:@]{8,})(?=@)"
 )
 # A bare value may hold `${...}`; one that opens a map or a list is looked into, not taken whole.
 _NAMED = re.compile(

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
+from lightning_opt.checkpoints.manifest import find
 from lightning_opt.reports.reading import Run, override_key
 from lightning_opt.run_folder import starts_elsewhere
 
@@ -30,8 +31,11 @@ def next_commands(run: Run) -> tuple[tuple[str, str], ...]:
     again, overrides = "Train again with the same configuration and seed", list(run.overrides)
     if run.state in ("PREEMPTED", "RUNNING", "FAILED"):
         again, overrides = "Resume this run: the same command takes up its folder", _resuming(run)
-        if not (any(run.folder.glob("checkpoints/step-*")) or starts_elsewhere(run.asked("resume"))):
-            again = "Start this run over, in the same folder: it has no checkpoint"
+        if not find(run.folder / "checkpoints"):
+            if any(run.folder.glob("checkpoints/step-*")):
+                again = "Move this folder away and start anew: none of its checkpoints can be read"
+            elif not starts_elsewhere(run.asked("resume")):
+                again = "Start this run over, in the same folder: it has no checkpoint"
     elif run.state == "DIVERGED":
         again = "Train again, with half the rate"
         overrides = [*without(overrides, r"optimizer\.lr_scale"), f"optimizer.lr_scale={_half_scale(run):g}"]

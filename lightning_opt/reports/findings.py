@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lightning_opt.optim.catalogue import OPTIMIZERS
 from lightning_opt.reports import quantities as q
 from lightning_opt.reports.reading import Run
 from lightning_opt.reports.scores import Score, comparability, listed
 from lightning_opt.run_folder import starts_elsewhere
-
-_SPELLED = {"adamw": "AdamW", "lion": "Lion", "muon": "Muon", "soap": "SOAP", "mars": "Mars", "scion": "Scion"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ def optimizer_name(run: Run) -> str:
 
 def spelled(name: str) -> str:
     """An optimizer's configuration name as its authors write it."""
-    return _SPELLED.get(name, name)
+    return OPTIMIZERS.get(name, name)
 
 
 def model_name(run: Run) -> str:

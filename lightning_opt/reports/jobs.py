@@ -20,7 +20,7 @@ from lightning_opt.reports import quantities as q
 from lightning_opt.reports.findings import optimizer_name, spelled
 from lightning_opt.reports.reading import Run, override_key, read
 from lightning_opt.reports.secrets import clean, clean_text
-from lightning_opt.run_folder import RunFolder, SweepFolder, config_hash, owner_is_gone, short_names
+from lightning_opt.run_folder import RunFolder, SweepFolder, config_hash, owner_seems_gone, short_names
 
 log = logging.getLogger("lightning_opt.reports")
 
@@ -194,7 +194,7 @@ def _job(path: Path, overrides: Sequence[str] | None, must: bool = False) -> Job
 
 def _alive(run: Run) -> bool:
     try:
-        return not owner_is_gone(run.status)
+        return not owner_seems_gone(run.status)
     except (ValueError, TypeError, KeyError, AttributeError):
         log.warning("who owns %s cannot be told", run.folder)
         return False

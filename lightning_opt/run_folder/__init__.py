@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         "folder": ["FolderRefused", "RunFolder", "adoptable", "claim", "config_hash", "starts_elsewhere"],
-        "status": ["FINISHED_STATES", "STATES", "Status", "owner_is_gone", "read_status"],
+        "status": ["FINISHED_STATES", "STATES", "Status", "owner_is_gone", "owner_seems_gone", "read_status"],
         "records": [
             "METRIC_COLUMNS",
             "append_event",

@@ -8,7 +8,6 @@ import logging
 import os
 import re
 import shutil
-import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lightning_opt.run_folder.status import FINISHED_STATES, STALE_S, owner_is_gone, read_status
+from lightning_opt.run_folder.status import FINISHED_STATES, STALE_S, is_elsewhere, owner_is_gone, read_status
 
 log = logging.getLogger("lightning_opt.run_folder")
 
@@ -103,8 +102,8 @@ def claim(
 ) -> tuple[RunFolder, bool]:
     """Claims a new run folder, or adopts an unfinished one of the same configuration whose owner is gone.
 
-    An owner on another host, which a host that broke down leaves behind too, is waited for until its heartbeat moves,
-    or is stale: two minutes at most.
+    An owner on another host, which a host that broke down leaves behind too, is waited for until its heartbeat moves:
+    if it does not in two minutes, it is gone.
 
     Args:
         root: the folder of all runs; the new folder is ``root/name/<UTC time>-<hash>``.
@@ -184,18 +183,16 @@ def _gone_elsewhere(root: Path, name: str, hash: str, path: Path | None) -> list
     gone = []
     for folder in _candidates(root, name, hash, path):
         status = read_status(folder / "status.json")
-        elsewhere = not owner_is_gone(status) and status["owner"].get("host") != socket.gethostname()
-        if elsewhere and not _beats(folder, status):
+        if not owner_is_gone(status) and is_elsewhere(status) and not _beats(folder, status):
             gone.append(status["owner"])
     return gone
 
 
 def _beats(folder: Path, status: dict[str, Any]) -> bool:
-    """Whether an owner on another host lives; their clock may not be ours, so the wait has an end of its own."""
+    """Whether an owner on another host lives; how old its heartbeat is says nothing: their clock may not be ours."""
     owner = status["owner"]
-    left = min(STALE_S, STALE_S - (time.time() - float(owner.get("heartbeat", 0))))
-    log.warning("%s: is %s alive? Looking for its heartbeat, up to %.0f s", folder, _owner(status), left)
-    end = time.monotonic() + left
+    log.warning("%s: is %s alive? Looking for its heartbeat, up to %.0f s", folder, _owner(status), STALE_S)
+    end = time.monotonic() + STALE_S
     while time.monotonic() < end:
         time.sleep(_LOOK_S)
         now = read_status(folder / "status.json")

@@ -79,15 +79,16 @@ def overwrite_text(path: Path, text: str) -> None:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Appends to a text file, all or nothing.
+    """Appends lines to a text file, all or nothing; a last line that a kill has torn stays on a line of its own.
 
     Raises:
         OSError: it cannot be written; the file is as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = memoryview(text.encode())
-    with path.open("ab", buffering=0) as file:
-        end = file.tell()
+    with path.open("ab+", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        torn = end and os.pread(file.fileno(), 1, end - 1) != b"\n"
+        content = memoryview(("\n" * bool(torn) + text).encode())
         try:
             while content:
                 content = content[file.write(content) :]
@@ -129,7 +130,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def append_event(path: Path, kind: str, **fields: Any) -> None:
     """Appends one line to ``events.jsonl``: skips, alarms, phase switches and whatever else happened once.
 
-    A disk that is full raises nothing: the line is kept in memory, and follows with the next or by `late_events`.
+    A disk that is full raises nothing: the line is kept in memory, and follows with the next or by `late_events`. Where
+    the folder is not, or no more, there is nothing to be told.
     """
     line = json.dumps(_finite({"time": round(time.time(), 3), "kind": kind, **fields}), allow_nan=False, default=str)
     with _late_lock:
@@ -141,6 +143,9 @@ def late_events() -> None:
     """Writes the events that could not be written yet, where that is possible now."""
     with _late_lock:
         for path, lines in list(_late.items()):
+            if not path.parent.is_dir():  # deleted: it is not to come back by this
+                del _late[path]
+                continue
             try:
                 append_text(path, lines)
             except OSError as error:

@@ -33,15 +33,25 @@ def read_status(path: Path) -> dict[str, Any]:
 def owner_is_gone(status: dict[str, Any]) -> bool:
     """Tells whether nobody works in the folder any more.
 
-    On this host the owner's process is looked up (its start time too, since numbers are used again); on another
-    host only a heartbeat older than two minutes says so.
+    On this host the owner's process is looked up (its start time too, since numbers are used again). Of one on another
+    host, whose clock need not be ours, only a heartbeat that does not move says so: see `claim`.
     """
     owner = status.get("owner")
     if not owner or status.get("state") != "RUNNING":
         return True
-    if owner.get("host") != socket.gethostname():
-        return time.time() - float(owner.get("heartbeat", 0)) > STALE_S
-    return process_start(int(owner["pid"])) != owner.get("started")
+    return not is_elsewhere(status) and process_start(int(owner["pid"])) != owner.get("started")
+
+
+def owner_seems_gone(status: dict[str, Any]) -> bool:
+    """As good as `owner_is_gone` for a page: by the clock, two minutes without a heartbeat from another host say so."""
+    if owner_is_gone(status) or not is_elsewhere(status):
+        return owner_is_gone(status)
+    return time.time() - float(status["owner"].get("heartbeat", 0)) > STALE_S
+
+
+def is_elsewhere(status: dict[str, Any]) -> bool:
+    """Whether the owner runs, or ran, on another host."""
+    return status["owner"].get("host") != socket.gethostname()
 
 
 def process_start(pid: int) -> float | None:
@@ -58,6 +68,9 @@ def process_start(pid: int) -> float | None:
 class Status:
     """The only writer of ``status.json``; a context manager whose thread keeps the heartbeat.
 
+    A process that stood still for so long that another took its folder up finds the other's name in the file. It ends
+    at once, with 143, as if it had been killed: whatever it still wrote would meet the other's.
+
     Args:
         path: the file.
         config_hash: identity of the configuration, kept in the file so that a folder of any name can be adopted.
@@ -70,6 +83,7 @@ class Status:
         self.reason: str | None = None
         self.config_hash = config_hash
         self._owner = {"pid": os.getpid(), "host": socket.gethostname(), "started": process_start(os.getpid())}
+        self._written = False
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="status-heartbeat", daemon=True)
@@ -101,6 +115,9 @@ class Status:
             OSError: there is none yet, and none can be made.
         """
         with self._lock:
+            if self._written:
+                self._give_way()
+            self._written = True
             text = json_text(
                 {
                     "state": self.state,
@@ -118,6 +135,15 @@ class Status:
                 with contextlib.suppress(OSError):  # the next beat may succeed
                     overwrite_text(self.path, text)
         late_events()
+
+    def _give_way(self) -> None:
+        with contextlib.suppress(OSError):
+            owner = read_status(self.path).get("owner") or self._owner
+            if any(owner.get(name) != mine for name, mine in self._owner.items()):
+                said = f"process {owner.get('pid')} on {owner.get('host')} has taken it up: this one ends"
+                with contextlib.suppress(OSError):
+                    os.write(2, f"\n{self.path.parent}: {said} and writes no more\n".encode())
+                os._exit(143)
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_S):

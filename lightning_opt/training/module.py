@@ -88,6 +88,20 @@ class PretrainModule(pl.LightningModule):
         self._micro_losses.append(loss.nll)
         return loss.total
 
+    def curvature_loss(self, batch: dict[str, Tensor], generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Mean loss of a micro-batch whose curvature is measured, and its number of tokens; holds all logits at once.
+
+        Args:
+            batch: ``input_ids`` and ``labels``, int64 (B, T).
+            generator: draws the labels from the model's softmax; None: the batch's own.
+        """
+        logits = self.model(input_ids=batch["input_ids"], use_cache=False).logits.flatten(0, -2).float()
+        labels = batch["labels"].flatten()
+        if generator is not None:
+            drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)
+            labels = labels.where(labels == IGNORE, drawn)
+        return nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE), (labels != IGNORE).sum()
+
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         """Lets the optimizer clip by its groups' limits; nothing waits for the device (`LossGuard` reads the norm)."""
         self.optimizer.clip_()
@@ -96,7 +110,8 @@ class PretrainModule(pl.LightningModule):
             return  # Lightning's bookkeeping of values nobody will see costs more than our optimizer's step
         loss = self._over_ranks(torch.stack(micro_losses).mean())
         # Tensors on the CPU: Lightning would copy each plain number to the device, and wait for the copy.
-        rates = {f"lr/{group['role']}": torch.tensor(group["lr"]) for group in self.optimizer.param_groups}
+        groups = self.optimizer.param_groups
+        rates = {f"lr/{group['role']}": torch.tensor(group["lr"] * group["lr_factor"]) for group in groups}
         self.log_dict({"train/loss": loss, **rates}, on_step=True, on_epoch=False)
 
     def _over_ranks(self, loss: Tensor) -> Tensor:

@@ -18,9 +18,9 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
-from lightning_opt.callbacks import CheckpointIO
+from lightning_opt.callbacks import CheckpointIO, LossGuard
 from lightning_opt.models import compiled
-from lightning_opt.optim import with_values_of
+from lightning_opt.optim.releasing import release
 from lightning_opt.optim.storage import local
 from lightning_opt.plan import RunPlan
 from lightning_opt.run_folder import Diverged, RunFolder
@@ -84,7 +84,7 @@ class _Step(pl.Callback):
 
     def _take_optimizer(self, module: PretrainModule, checkpoint: dict[str, Any]) -> str | None:
         """Hyperparameters are those of now; what is to be said of the state."""
-        kept = [with_values_of(module.optimizer.param_groups, state) for state in checkpoint["optimizer_states"]]
+        kept = [module.optimizer.with_own_values(state) for state in checkpoint["optimizer_states"]]
         if None not in kept:
             checkpoint["optimizer_states"] = kept
             return "the optimizer's state is kept, its values are those of now" if self._other else None
@@ -120,9 +120,11 @@ class _Step(pl.Callback):
 
 def _finite(module: torch.nn.Module) -> bool:
     """Whether all weights are, of which a rank may hold parts only; the host waits once."""
-    held = [local(p.detach()) for p in module.parameters() if p.is_floating_point()]
-    norms = torch._foreach_norm([tensor for tensor in held if tensor.numel()], math.inf)
-    return not norms or bool(torch.stack([norm.float() for norm in norms]).isfinite().all())
+    parts = (local(p.detach()) for p in module.parameters() if p.is_floating_point())
+    if not (held := [part for part in parts if part.numel()]):
+        return True
+    norms = torch._foreach_norm(held, math.inf)
+    return bool(torch.stack([norm.float() for norm in norms]).isfinite().all())
 
 
 def _trained_weights(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> str | None:
@@ -213,6 +215,9 @@ def fit(
         trainer = _trainer(plan, config, precision, folder, writers, watchers, resume if verified else None)
         stopping.keep_lightning_out(trainer)
         not_taken = False
+        guarded = any(isinstance(callback, LossGuard) for callback in callbacks)
+        mode = config.get("update_in_backward", "off")
+        released = release(module.optimizer, mode, accumulate=plan.accumulate, guarded=guarded)
         try:
             trainer.fit(module, data, ckpt_path=resume)
             if validates and step.validated != trainer.global_step:
@@ -224,6 +229,8 @@ def fit(
             not_taken = end.step == trainer.global_step  # a step that the device masked has counted as one
             raise
         finally:
+            if released:
+                released.remove()
             status.step = trainer.global_step - not_taken
             for logger in writers:
                 logger.close()

@@ -73,7 +73,7 @@ def test_data_loading(repository: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_memory(repository: Path, tmp_path: Path) -> None:
-    table, losses = quick("memory", repository, tmp_path)
+    table, losses, sizes, states, claims = quick("memory", repository, tmp_path)
     rows = {row["optimizer"]: row for row in table["rows"]}
     assert set(rows) == {"torch-adamw", "lion"}
     for row in rows.values():
@@ -85,3 +85,9 @@ def test_memory(repository: Path, tmp_path: Path) -> None:
     assert rows["torch-adamw"]["states"] == pytest.approx(2 * rows["lion"]["states"], abs=0.2)
     chunked, whole = losses["rows"]
     assert whole["peak MiB"] > 1.9 * whole["all logits in float32"] > 1.5 * chunked["peak MiB"] > 100
+    assert [row["model"] for row in sizes["rows"]] == ["pico", "nano"]
+    assert [(row["optimizer"], row["state"]) for row in states["rows"]][::3] == [
+        ("adamw", "float32"),
+        ("lion", "float32"),
+    ]
+    assert claims["rows"][0]["Lion less"] == "25%"

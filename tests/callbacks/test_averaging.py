@@ -12,9 +12,9 @@ import pytest
 import torch
 from foreign_project import Foreign, Rows, fit
 
-from lightning_opt.callbacks import EMA
+from lightning_opt.callbacks import EMA, Checkpoint, CheckpointIO
 from lightning_opt.callbacks import averages as weights_are_averaged
-from lightning_opt.checkpoints import bytes_needed
+from lightning_opt.checkpoints import bytes_needed, find, read
 from lightning_opt.plan import ConfigError
 
 DECAY = 0.8
@@ -139,6 +139,36 @@ def test_a_run_that_was_complete_has_the_average(tmp_path: Path) -> None:
     fit(tmp_path, again, [EMA(DECAY)], rows=rows(), max_steps=6, ckpt_path=tmp_path / "at6.ckpt")
     assert again.weights == []
     assert np.array_equal(module.row(), again.row())
+
+
+class StopAt(pl.Callback):
+    """As `EarlyStopping`: the fit ends at a step that nobody foresaw."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step == self.step
+
+
+def test_the_last_checkpoint_holds_the_trained_weights_too(tmp_path: Path) -> None:
+    module, whole, again = Recording(), Recording(), Recording()
+    callbacks = [EMA(DECAY), StopAt(6), Checkpoint(0, directory=tmp_path / "checkpoints")]
+    trainer, _ = fit(tmp_path, module, callbacks, rows=rows(), max_steps=12, enable_checkpointing=True)
+    trainer.validate(module, torch.utils.data.DataLoader(Rows(8), batch_size=4), verbose=False)
+    expected = averages(module.weights)[-1]
+    for row in (module.row(), module.validated[-1]):  # and what follows the fit has the average, for good
+        np.testing.assert_allclose(row, expected, rtol=1e-5, atol=1e-7)
+    saved = read(find(tmp_path / "checkpoints")[0].path)
+    assert saved["global_step"] == 6
+    for part, wanted in (("state_dict", expected), ("current_model_state", module.weights[-1])):
+        row = torch.cat([saved[part][name].flatten() for name, _ in module.named_parameters()]).double().numpy()
+        np.testing.assert_allclose(row, wanted, rtol=1e-5, atol=1e-7)
+    fit(tmp_path, whole, [EMA(DECAY)], rows=rows(), max_steps=8)
+    at6 = {"ckpt_path": tmp_path / "checkpoints" / "step-000006", "plugins": [CheckpointIO()]}
+    fit(tmp_path, again, [EMA(DECAY)], rows=rows(), max_steps=8, **at6)
+    assert len(again.weights) == 2
+    assert np.array_equal(whole.row(), again.row())
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])

@@ -63,6 +63,30 @@ def test_a_file_gets_one_plain_line_per_interval_and_the_log_the_same(tmp_path: 
     assert re.search(r"[\d.]+k? tok/s  ETA [\d.]+s$", line)
 
 
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), OSError(28, "No space left on device")])
+@pytest.mark.parametrize("terminal", [False, True])
+def test_who_cannot_be_told_any_more_stops_nothing(
+    tmp_path: Path, run_log: Path, monkeypatch: pytest.MonkeyPatch, terminal: bool, error: OSError
+) -> None:
+    """The reader of a pipe that has seen enough, a full disk, a terminal that was closed."""
+
+    class Gone(io.StringIO):
+        def isatty(self) -> bool:
+            return terminal
+
+        def write(self, text: str) -> int:
+            if "step 10" in self.getvalue() + text:
+                raise error
+            return super().write(text)
+
+    monkeypatch.setenv("TERM", "xterm-256color")
+    progress = Progress(every_n_steps=5, stream=Gone())
+    monkeypatch.setattr("lightning_opt.callbacks.progress.REFRESH_S", 0.0)
+    trainer, _ = fit(tmp_path, Foreign(), [progress], max_steps=20, batch_size=1)
+    assert trainer.global_step == 20
+    assert steps_of(run_log.read_text()) == [5, 10, 15, 20]
+
+
 def test_nothing_shows_twice_where_the_console_has_a_handler(
     tmp_path: Path, run_log: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -249,10 +249,11 @@ def test_no_memory_is_a_failed_save(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert writer.saved == [2]
 
 
-@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="only Linux's root may take it back")
 def test_a_save_steps_back_behind_training_until_it_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if not store._may_take_back():
+        pytest.skip("only Linux's root may, and who is allowed to")
     behind, mine = threading.Event(), os.getpriority(os.PRIO_PROCESS, 0)
 
     def becomes(nice: int) -> bool:
@@ -274,6 +275,31 @@ def test_a_save_steps_back_behind_training_until_it_is_waited_for(
     writer.wait()
     writer.save({"state_dict": {}}, step=2, meta={}, wait=True)
     assert writer.saved == [1, 2]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no thread steps back")
+def test_who_could_not_come_forward_again_never_steps_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for users who are not root: what is saved last, and waited for, must not crawl behind other processes."""
+    nice = {}  # of each thread but for the first, by the number that the kernel knows it by
+
+    def set_priority(which: int, thread: int, value: int) -> None:
+        thread = thread or threading.get_native_id()
+        if value < nice.get(thread, mine):
+            raise PermissionError(13, "Permission denied")
+        nice[thread] = value
+
+    mine, seen = os.getpriority(os.PRIO_PROCESS, 0), []
+    monkeypatch.setattr(os, "setpriority", set_priority)
+    monkeypatch.setattr(
+        store, "write", lambda *_, **__: (time.sleep(0.1), seen.append(nice.get(threading.get_native_id(), mine)))
+    )
+    store._may_take_back.cache_clear()
+    writer = Store(tmp_path)
+    writer.save({"state_dict": {}}, step=1, meta={})
+    writer.wait()
+    store._may_take_back.cache_clear()
+    assert seen == [mine]
+    assert threading.main_thread().native_id not in nice
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")

@@ -53,7 +53,7 @@ def test_every_file_is_a_right_choice(composer, group, name, monkeypatch):
 def test_every_file_opens_with_a_word_on_what_it_is_and_stays_short(group, name):
     lines = text_of(group, name).splitlines()
     assert lines[0].startswith("#")
-    assert len(lines) <= 40
+    assert len(lines) <= 45
     packaged = lines[0] == "# @package _global_"
     assert packaged == (group in {"experiment", "debug"})
     if packaged:
@@ -67,7 +67,22 @@ def test_a_choice_says_its_own_name(group):
     for file in (CONF / group).glob("*.yaml"):
         content = yaml.safe_load(file.read_text())
         key = "suite" if group == "evaluation" else "name"
-        assert content[key] == ("linear" if (group, file.stem) == ("schedule", "auto") else file.stem)
+        stands_for = {"auto": "linear", "flat": "constant"} if group == "schedule" else {}
+        assert content[key] == stands_for.get(file.stem, file.stem)
+
+
+def test_optimizers_name_what_they_share_in_one_order_and_all_but_one_take_caution(composer):
+    first = ["name", "lr", "lr_scale", "weight_decay", "weight_decay_mode", "cautious", "cautious_weight_decay"]
+    last = ["max_grad_norm", "state_dtype", "implementation", "roles"]
+    for name in composer.options("optimizer"):
+        keys = list(yaml.safe_load(text_of("optimizer", name)))
+        shared = first[:-2] if name == "schedule_free_adamw" else first  # it refuses both
+        assert keys[: len(shared)] == shared
+        assert [key for key in keys if key in last] == last
+    for name in ("lion", "muon", "phased"):
+        cautious = dict.fromkeys(first[-2:], True)
+        config = check_job(composer.compose([f"optimizer={name}", *(f"optimizer.{key}=true" for key in cautious)]))
+        assert config["optimizer"].items() >= cautious.items()
 
 
 def test_every_experiment_and_debug_goes_with_every_optimizer(composer):
@@ -95,7 +110,8 @@ def test_every_tuned_record_names_what_exists(composer):
 
 def test_every_tuned_record_is_used_by_its_cell_and_sets_only_fields_that_exist(composer):
     untuned = {}
-    for record in plan.tuned_records():
+    first_of_its_kind = {(r.optimizer, r.measured, *r.values): r for r in reversed(plan.tuned_records())}
+    for record in first_of_its_kind.values():
         scale = "demo" if "any" in record.scales else record.scales[0]
         cell = [f"optimizer={record.optimizer}", f"model={record.model}", f"scale={scale}"]
         cfg = composer.compose(cell)
@@ -109,7 +125,7 @@ def test_every_tuned_record_is_used_by_its_cell_and_sets_only_fields_that_exist(
                 node = node[part]
             assert node == value
             top, name = key.split(".")[:2]
-            assert name in plain[top], key
+            assert name in plain[top] or (key, config["schedule"]["name"]) == ("schedule.decay", "wsd"), key
 
 
 def test_a_schedule_that_was_chosen_stays_whatever_the_tuned_values_say(composer):

@@ -33,6 +33,7 @@ from lightning_opt import checkpoints
 from lightning_opt.checkpoints import Damaged, Store
 from lightning_opt.checkpoints.manifest import manifest_text, read_manifest
 from lightning_opt.job.resuming import choose
+from lightning_opt.plan import ConfigError
 from lightning_opt.run_folder import RunFolder, append_event, late_events, read_events
 
 FORK = multiprocessing.get_context("fork")  # a writer's life is then too short for another import of torch
@@ -62,8 +63,8 @@ def holds(path: Path, step: int) -> bool:
     )
 
 
-def never_bad(path: Path, reason: str) -> None:
-    pytest.fail(f"{path}: {reason}")
+def never_bad(damage: Damaged) -> None:
+    pytest.fail(str(damage))
 
 
 def alone(work: Callable[..., None], *arguments: Any) -> None:
@@ -189,14 +190,16 @@ def test_a_damaged_file(tmp_path: Path, file: str, damage: str) -> None:
         store.save(tree(step), step=step, meta=META, wait=True)
     bad = tmp_path / "step-000003"
     DAMAGES[damage](bad / file)
-    told: list[tuple[Path, str]] = []
-    newest = checkpoints.newest_good(tmp_path, lambda path, reason: told.append((path, reason)))
+    told: list[Damaged] = []
+    newest = checkpoints.newest_good(tmp_path, told.append)
     assert newest is not None
     assert newest.step == 2
     assert holds(newest.path, 2)
-    [(path, reason)] = told
+    [found] = told
+    path, reason = found.path, found.reason
     assert path == bad
     assert file in reason
+    assert not found.unreadable
     if file != "MANIFEST.json":
         lengths = ("truncated", "half of it", "0 bytes", "longer")
         assert ("bytes long" if damage in lengths else "cannot be read" if damage == "missing" else "sha256") in reason
@@ -236,15 +239,64 @@ def test_a_damaged_checkpoint_does_not_count(tmp_path: Path, caplog: pytest.LogC
     ]
 
 
+def _other_format(path: Path) -> None:
+    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
+
+
+UNREADABLE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
+    "an error of the disk": ("MANIFEST.json", lambda path: _link(path, "/proc/self/mem"), "Input/output error"),
+    "a link in a circle": ("state.pt", lambda path: _link(path, path), "symbolic links"),
+    "of another version": ("MANIFEST.json", _other_format, "has format 2; this version reads 1"),
+}
+
+
+def _link(path: Path, to: Any) -> None:
+    path.unlink()
+    path.symlink_to(to)
+
+
+@pytest.mark.fault(
+    7, "a checkpoint that cannot be read today, or by this version: never set aside, never step 0 instead"
+)
+@pytest.mark.parametrize("why", UNREADABLE)
+def test_what_cannot_be_read_stays_where_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture, why: str) -> None:
+    file, spoil, words = UNREADABLE[why]
+    folder, names = RunFolder(tmp_path), ["step-000002", "step-000004"]
+    config, now = {"resume": "auto", "resume_allow": []}, {"length": {"max_steps": 20}}
+    store = Store(folder.checkpoints)
+    for step in (2, 4):
+        store.save(tree(step), step=step, meta={}, wait=True)
+    shutil.copytree(folder.checkpoints, tmp_path / "whole")
+    spoil(folder.checkpoints / names[1] / file)
+    start = choose(folder, config, now)
+    assert start is not None
+    assert start.step == 2
+    assert "step-000004 cannot be used and passed over" in caplog.text
+    spoil(folder.checkpoints / names[0] / file)
+    for _ in range(2):  # the same command again is no way around it
+        with pytest.raises(ConfigError) as refused:
+            choose(folder, config, now)
+        assert refused.value.field == "resume"
+        assert all(f"{name}: {file}" in str(refused.value) for name in names)
+        assert str(refused.value).count(words) == 2
+        assert str(refused.value).endswith("to start anew: resume=never")
+    assert sorted(os.listdir(folder.checkpoints)) == names
+    shutil.rmtree(folder.checkpoints)
+    (tmp_path / "whole").rename(folder.checkpoints)
+    start = choose(folder, config, now)  # it can be read again
+    assert start is not None
+    assert start.step == 4
+
+
 @pytest.mark.fault(7, "all checkpoints damaged: none is used, each is named")
 def test_nothing_good_is_left(tmp_path: Path) -> None:
     store = Store(tmp_path)
     for step in (1, 2):
         store.save(tree(step), step=step, meta=META, wait=True)
         (tmp_path / f"step-00000{step}" / "MANIFEST.json").unlink()
-    told: list[str] = []
-    assert checkpoints.newest_good(tmp_path, lambda path, reason: told.append(path.name)) is None
-    assert told == ["step-000002", "step-000001"]
+    told: list[Damaged] = []
+    assert checkpoints.newest_good(tmp_path, told.append) is None
+    assert [damage.path.name for damage in told] == ["step-000002", "step-000001"]
     assert checkpoints.find(tmp_path) == []
 
 

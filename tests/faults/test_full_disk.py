@@ -36,7 +36,7 @@ TINY = (
 )
 
 
-def train_on_a_full_disk(place: Path, more: list[str], told: Connection) -> None:
+def train_on_a_full_disk(place: Path, output: str, more: list[str], told: Connection) -> None:
     disk = place / "disk"
     disk.mkdir()
     try:
@@ -46,7 +46,7 @@ def train_on_a_full_disk(place: Path, more: list[str], told: Connection) -> None
     if not small:
         told.send(None)
         return
-    for number, name in ((1, "out"), (2, "err")):
+    for number, name in ((1, output), (2, "/dev/full" if output == "/dev/full" else "err")):
         os.dup2(os.open(place / name, os.O_WRONLY | os.O_CREAT), number)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
     sys.argv = ["train.py"]
@@ -63,34 +63,42 @@ def train_on_a_full_disk(place: Path, more: list[str], told: Connection) -> None
             "events": [(event["kind"], event.get("step")) for event in read_events(folder.events)],
             "summary": read_json(folder.summary),
             "log": folder.log.read_text(),
+            "out": Path(output).read_text() if output != "/dev/full" else "",
             "checkpoints": [checkpoints.verify(found.path).step for found in checkpoints.find(folder.checkpoints)],
         }
     )
 
 
-def run(place: Path, *more: str) -> Any:
-    """What a run in a small file system of its own left there, and what it said."""
+def run(place: Path, *more: str, output: str = "out") -> Any:
+    """What a run in a small file system of its own left there, and what it said.
+
+    Args:
+        place: a folder; ``disk`` in it is the file system.
+        more: overrides.
+        output: file that takes what the run prints; ``/dev/full`` takes none of it, nor of its errors.
+    """
     driver.write_texts(place / "texts")
     ours, theirs = FORK.Pipe(duplex=False)
-    process = FORK.Process(target=train_on_a_full_disk, args=(place, list(more), theirs), daemon=True)
+    process = FORK.Process(target=train_on_a_full_disk, args=(place, output, list(more), theirs), daemon=True)
     process.start()
     theirs.close()
     try:
         assert ours.poll(200)
         answer = ours.recv()
     except EOFError:
-        pytest.fail((place / "err").read_text())
+        pytest.fail((place / "err").read_text() if (place / "err").exists() else "it died")
     finally:
         process.kill()
         process.join(60)
     if answer is None:
         pytest.skip("needs the right to mount a tmpfs (user namespaces)")
-    return SimpleNamespace(**answer, out=(place / "out").read_text(), err=(place / "err").read_text())
+    return SimpleNamespace(**answer, err=(place / "err").read_text() if (place / "err").exists() else "")
 
 
 @pytest.mark.fault(8, "the disk under a whole run is full for a while: it trains to its end, every row and event there")
 def test_a_disk_that_is_full_for_a_while(tmp_path: Path) -> None:
-    end = run(tmp_path, f"+callbacks.filler.free={STEPS - 10}")
+    """What it prints goes to the same disk."""
+    end = run(tmp_path, f"+callbacks.filler.free={STEPS - 10}", output="disk/out")
     assert (end.code, end.status["state"], end.status["step"]) == (0, "FINISHED", STEPS)
     assert end.metrics["step"] == list(range(1, STEPS + 1))
     assert len({row.count(",") for row in end.rows}) == 1
@@ -99,6 +107,13 @@ def test_a_disk_that_is_full_for_a_while(tmp_path: Path) -> None:
     assert end.checkpoints == [STEPS, 56]
     assert "Traceback" not in end.out + end.err
     assert end.out.count("metrics.csv cannot be written (No space left on device): its rows wait in memory") == 1
+
+
+@pytest.mark.fault(8, "nothing that a run prints finds room: it trains to its end all the same")
+def test_an_output_that_is_full_from_the_start(tmp_path: Path) -> None:
+    end = run(tmp_path, f"+callbacks.filler.free={FULL + 1}", output="/dev/full")
+    assert (end.code, end.status["state"], end.status["step"]) == (0, "FINISHED", STEPS)
+    assert "FINISHED" in end.log
 
 
 @pytest.mark.fault(8, "SIGTERM while the disk is full: 143, PREEMPTED, and the checkpoint that is left is named")

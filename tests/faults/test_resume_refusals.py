@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import driver
 import pytest
@@ -18,6 +19,7 @@ import torch
 import lightning_opt.reports
 from lightning_opt import checkpoints
 from lightning_opt.checkpoints import manifest
+from lightning_opt.job import resuming
 from lightning_opt.job.space import check_space
 from lightning_opt.launch import main
 from lightning_opt.plan import ConfigError
@@ -174,6 +176,43 @@ def test_a_named_checkpoint_that_is_damaged(run: Callable[..., int]) -> None:
     assert [e["checkpoint"] for e in read_events(only_run().events) if e["kind"] == "checkpoint_bad"] == ["step-000004"]
     assert resumed(only_run()) == [(2, "first/checkpoints/step-000002")]
     assert Path("first/checkpoints/step-000004").is_dir()  # another run's: not ours to set aside
+
+
+@pytest.mark.fault(
+    7, "all checkpoints of the run itself are damaged: refused, its metrics stay; resume=never starts anew"
+)
+def test_a_run_with_no_good_checkpoint_does_not_start_over(run: Callable[..., int]) -> None:
+    assert run(NO_EXPORT) == 1
+    folder = only_run()
+    rows = folder.metrics.read_bytes()
+    for number in (2, 4):
+        (folder.checkpoints / f"step-00000{number}" / "state.pt").write_bytes(b"")
+    for _ in range(2):
+        assert run(NO_EXPORT) == 2
+        reason = read_status(only_run().status)["reason"]
+        assert re.search(r"can be used: step-000004: state.pt is 0 bytes .*; step-000002: .*resume=never$", reason)
+    assert (folder.metrics.read_bytes(), resumed(folder)) == (rows, [])
+    assert run(NO_EXPORT, "resume=never") == 1
+    assert len(list(Path().glob("runs/tiny/*-*"))) == 2
+
+
+@pytest.mark.fault(7, "another run thins out the checkpoint just chosen: the next newest is chosen")
+def test_a_checkpoint_that_goes_while_it_is_chosen(run: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = []
+
+    def choose(*given: Any) -> Any:
+        start = resuming_choose(*given)
+        if not chosen:
+            shutil.rmtree(start.path)
+        chosen.append(start.step)
+        return start
+
+    resuming_choose = resuming.choose
+    monkeypatch.setattr(resuming, "choose", choose)
+    assert run(LONGER, "resume=first") == 0
+    assert chosen == [4, 2]
+    assert "step-000004 is gone since it was chosen: choosing again" in only_run().log.read_text()
+    assert read_metrics(only_run().metrics)["step"][-1] == 6
 
 
 @pytest.mark.parametrize(

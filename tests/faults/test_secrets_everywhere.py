@@ -162,7 +162,9 @@ def test_paths_flags_and_short_words_are_no_secrets(monkeypatch: pytest.MonkeyPa
         assert secrets.mask(text) == text
 
 
-@pytest.mark.parametrize("address", ["postgres://:pw@h/x", "https://TOKENTOKEN@h/x", "https://me:pw@h/x"])
+@pytest.mark.parametrize(
+    "address", ["postgres://:pw@h/x", "https://TOKENTOKEN@h/x", "https://me:pw@h/x", "https://u:p@s@@h/x"]
+)
 def test_an_address_is_shown_without_its_key(address: str) -> None:
     assert secrets.mask(f"at {address}") == f"at {address.partition('://')[0]}://[redacted]@h/x"
     for plain in ("ssh://git@github.com/x", "https://host:8080/x@y"):

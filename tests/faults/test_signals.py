@@ -5,6 +5,7 @@ The runs are this very process, which saves each the seconds of its imports; how
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -25,7 +26,8 @@ from lightning_opt import checkpoints, reports
 from lightning_opt.checkpoints import store
 from lightning_opt.job import signals, stages
 from lightning_opt.job.signals import STOP_SIGNALS
-from lightning_opt.launch import main, preflight, sweep, task
+from lightning_opt.launch import main, preflight, refusing, sweep, task
+from lightning_opt.plan import ConfigError
 from lightning_opt.run_folder import ExitCode, RunFolder, Status, SweepFolder, read_events, read_json, read_status
 
 TINY = (
@@ -193,6 +195,21 @@ def test_a_recorded_end_is_never_replaced(tmp_path: Path, capsys: Any) -> None:
         status.set(state)
         assert task._ended(folder, {}, ExitCode.PREEMPTED, "stopped by SIGTERM") == 143
         assert read_status(folder.status)["reason"] == reason
+
+
+def test_an_end_is_recorded_before_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To a terminal that is gone, or a file on a full disk."""
+
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    folder = RunFolder(tmp_path)
+    monkeypatch.setattr(sys, "stderr", Full())
+    assert task._ended(folder, {}, ExitCode.FAILED, "OSError: no", "Traceback:\nOSError: no\n") == 1
+    assert read_status(folder.status)["state"] == "FAILED"
+    assert refusing.give_up(signals.Terminated("SIGTERM")) == 143
+    assert refusing.refuse(ConfigError("seed", -1, "must be 0 or more")) == 2
 
 
 def test_a_sweep_names_the_signal(tmp_path: Path, capsys: Any) -> None:

@@ -229,6 +229,31 @@ def test_without_slurm_nobody_is_asked(slurm: Path, monkeypatch: pytest.MonkeyPa
     assert not (slurm / "asked").exists()
 
 
+@pytest.mark.fault(11, "signals while a finished run's process leaves: its exit code stays that of the run")
+def test_a_signal_while_leaving_changes_no_exit_code(repository: Path) -> None:
+    """The very front door, with a run of no length and an exit hook that takes its time, as torch's do."""
+    code = f"""
+import atexit, runpy, sys, time
+import lightning_opt.launch
+lightning_opt.launch.main = lambda words: 3
+atexit.register(lambda: (print("leaving", flush=True), time.sleep(0.5)))
+runpy.run_path({str(repository / "train.py")!r}, run_name="__main__")
+"""
+    for number in STOP_SIGNALS:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(repository)},
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "leaving\n"
+        process.send_signal(number)
+        process.communicate(timeout=30)
+        assert process.returncode == 3
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_under_log_and_output_changes_no_exit_code(capfd: pytest.CaptureFixture[str]) -> None:
     with run_log(Path("/dev/full")) as log:

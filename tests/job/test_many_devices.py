@@ -88,7 +88,7 @@ def test_two_devices_give_the_run_of_one(door: Door, optimizer: str) -> None:  #
     ("how", "state", "code", "reason"),
     [
         ("raise", "FAILED", 1, "rank 1: ValueError: a fault"),
-        ("diverge", "DIVERGED", 3, "rank 1: norm nan"),
+        ("diverge", "DIVERGED", 3, "norm nan"),
         ("kill", "FAILED", 1, "rank 1 was killed by SIGKILL"),
     ],
 )

@@ -196,6 +196,28 @@ def test_places_in_the_environment() -> None:
     assert Place(3, 1, 4, "srun").environment(2)["GROUP_RANK"] == "1"
 
 
+@pytest.mark.parametrize(
+    ("environment", "name"),
+    [
+        ({"TORCHELASTIC_RUN_ID": "1", "RANK": "x", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "RANK"),
+        ({"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "LOCAL_RANK": "0"}, "WORLD_SIZE"),
+        ({"SLURM_STEP_NUM_TASKS": "2x"}, "SLURM_STEP_NUM_TASKS"),
+    ],
+)
+def test_a_place_that_cannot_be_is_refused_by_name(
+    environment: dict[str, str], name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lightning_opt.launch import main
+
+    with pytest.raises(ConfigError, match=rf"^{name} = .*must be a whole number"):
+        place(environment)
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    assert main(["optimizer=lion"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{name} = ")
+
+
 def test_logs_are_given_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     loggers = [logging.getLogger(name) for name in ("lightning_opt", "py.warnings", "transformers")]
     before = [(logger.handlers, logger.propagate, logger.level) for logger in loggers]

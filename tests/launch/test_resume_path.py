@@ -10,8 +10,8 @@ import yaml
 
 from lightning_opt import plan
 from lightning_opt.checkpoints import Store
-from lightning_opt.launch import main
-from lightning_opt.run_folder import Status, config_hash
+from lightning_opt.launch import main, task
+from lightning_opt.run_folder import Status, config_hash, read_status
 
 OFF = "evaluation=none"
 SWEEP = ["-m", "hydra/launcher=basic", "trainer.max_steps=9", OFF]  # in this process, where the jobs are counted
@@ -72,6 +72,11 @@ def test_a_run_left_in_the_middle_is_told_of_where_a_value_was_changed(jobs, cap
     assert main([OFF]) == 0
     (line,) = capsys.readouterr().err.splitlines()
     assert f"unfinished at step 7: to go on from there add resume={left}" in line
+    own = task.config_hash(jobs[-1]["config"])
+    task._tell_of_unfinished(jobs[-1]["folder"], read_status(left / "status.json")["config_hash"])
+    assert capsys.readouterr().err == ""  # it has this very configuration
+    task._tell_of_unfinished(jobs[-1]["folder"], own)
+    assert f"resume={left}" in capsys.readouterr().err
     assert main([OFF, "seed=3", "resume=never"]) == 0
     status = left / "status.json"
     status.write_text(status.read_text().replace("FAILED", "FINISHED"))

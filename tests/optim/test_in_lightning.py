@@ -27,7 +27,13 @@ class TwoLayers(pl.LightningModule):
         return (self.net(x) - y).float().square().mean()
 
     def configure_optimizers(self):
-        optimizer = getattr(optim, optim.OPTIMIZERS[self.name])(self.parameters(), lr=1e-2, max_grad_norm=LIMIT)
+        given = {"lr": 1e-2, "max_grad_norm": LIMIT}
+        if optim.find_rule(self.name).least_ndim > 1:
+            roles = {"default": {"rule": "adamw"}, "matrix": {"rule": self.name}}
+            optimizer = optim.build(self.net, {"name": self.name, "roles": roles, **given})
+        else:
+            optimizer = getattr(optim, optim.OPTIMIZERS[self.name])(self.parameters(), **given)
+        optimizer.observe(**{signal: {} for signal in optimizer.needs})
         optimizer.register_before_update_hook(self.count)
         clip = optimizer.clip_
         optimizer.clip_ = lambda: self.counted(clip)

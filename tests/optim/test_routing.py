@@ -204,3 +204,20 @@ def test_adamw_is_torchs(implementation):
     exact = {"rtol": 0, "atol": 0} if implementation == "fused" else {"rtol": 1e-5, "atol": 1e-6}
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, **exact)
+
+
+def test_caution_said_at_the_top_is_for_the_rule_of_the_name_where_one_rule_is_cautious_by_itself():
+    def caution(**config):
+        return {group["rule"]: group["cautious"] for group in optim.build(Tiny(), config).param_groups}
+
+    both = {"adamw": False, "cautious_adamw": True}
+    assert caution(name="adamw", cautious=False, roles={"norm": {"rule": "cautious_adamw"}}) == both
+    assert caution(name="cautious_adamw", cautious=True, roles={"norm": {"rule": "adamw"}}) == both
+    assert caution(name="cautious_adamw", cautious=False) == {"cautious_adamw": False}
+    assert caution(name="lion", cautious=True, roles={"norm": {"rule": "adamw"}}) == {"lion": True, "adamw": True}
+    phases = {"a": {"rule": "lion", "until": 5}, "b": {"rule": "cautious_adamw"}}
+    phased = optim.build(Tiny(), {"name": "phased", "cautious": False, "phases": phases})
+    for _ in range(5):
+        assert {group["cautious"] for group in phased.param_groups} == {False}
+        phased.step()
+    assert {group["cautious"] for group in phased.param_groups} == {True}

@@ -1,9 +1,12 @@
-"""Tuned values: the study's cells against its own published file, and the choice between records."""
+"""Tuned values: their form, the choice between records, the sizes they hold for, and who reads which file."""
+
+import subprocess
+import sys
 
 import pytest
-import yaml
 
-from lightning_opt.plan import RULES, TunedRecord, check_value, tuned, tuned_records
+from lightning_opt.optim.catalogue import OPTIMIZERS
+from lightning_opt.plan import RULES, ConfigError, TunedRecord, check_value, tuned, tuned_optimizers, tuned_records
 from lightning_opt.plan.values import rule_for
 
 
@@ -13,8 +16,12 @@ def test_every_value_obeys_its_rule_and_every_record_its_origin():
         assert record.measured in {"ours", "published", "no"}
         assert record.source
         for key, value in record.values.items():
-            assert rule_for(key), key
-            check_value(key, value)
+            if key.endswith(".rule"):
+                assert value in OPTIMIZERS
+                continue
+            name = key if rule_for(key) else f"{record.optimizer}.{key.rpartition('.')[2]}"
+            assert rule_for(name), key
+            check_value(name, value)
 
 
 def test_no_two_records_for_one_cell():
@@ -32,22 +39,55 @@ def test_a_named_scale_goes_before_any():
     assert tuned("a", "x", "1x", records=records) is None
 
 
-def test_the_studys_cells_are_its_own_numbers(shared_data):
-    file = shared_data.parent / "reference" / "study" / "tuned_hparams.yaml"
-    if not file.exists():
-        pytest.skip("the study's file is not here")
-    study = yaml.safe_load(file.read_text())["optimizers"]
-    checked = 0
-    for record in tuned_records():
-        if record.measured != "published":
-            continue
-        size = record.model.removeprefix("llama_").replace("1_2b", "1.2b")
-        best = study[record.optimizer]["settings"][f"{size}/{record.scales[0]}"]["best"]
-        assert record.values["optimizer.lr"] == best["learning_rate"]
-        assert record.values["optimizer.weight_decay"] == best["weight_decay"]
-        assert record.values["optimizer.betas"] == [best["beta1"], best["beta2"]]
-        assert record.values["schedule.warmup"] == best["warmup"]
-        assert record.values["trainer.global_batch_size"] == best["train_batch_size"]
-        assert record.values["optimizer.max_grad_norm"] == (best["max_grad_norm"] or None)
-        checked += 1
-    assert checked == 30
+def test_one_file_per_optimizer():
+    assert {record.optimizer for record in tuned_records()} == set(tuned_optimizers())
+    assert tuned_records("adamw")
+    assert tuned_records("no_such") == ()
+
+
+def test_only_the_file_of_the_wanted_optimizer_is_read(repository):
+    code = """
+import pathlib
+from lightning_opt.plan import tuned
+read = []
+was = pathlib.Path.read_text
+pathlib.Path.read_text = lambda self, *a, **k: read.append(self.name) or was(self, *a, **k)
+assert tuned("lion", "llama_130m", "1x")
+print(read)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['lion.yaml']"
+
+
+@pytest.mark.parametrize("size", [802_816, 129_000_000, 6_700_000_000, None])
+def test_published_values_are_refused_outside_the_studys_sizes(size):
+    record = tuned("adamw", "llama_130m", "1x")
+    with pytest.raises(ConfigError, match=r"130M to 1\.2B") as caught:
+        record.check_size(size)
+    text = str(caught.value)
+    assert text.startswith("tuned = adamw/llama_130m_1x: ")
+    assert "~tuned" in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize("size", [134_217_728, 301_989_888, 1_207_959_552])
+def test_the_studys_own_sizes_are_taken(size):
+    tuned("adamw", "llama_130m", "1x").check_size(size)
+
+
+def test_our_own_values_go_with_any_size():
+    tuned("adamw", "nano", "demo").check_size(802_816)
+    tuned("adamw", "nano", "demo").check_size(None)
+
+
+def test_a_command_that_shrinks_the_studys_model_is_refused():
+    from lightning_opt.launch import Composer
+    from lightning_opt.launch.preflight import check_job
+
+    with Composer() as composer:
+        cell = ["model=llama_130m", "scale=1x", "model.num_layers=2"]
+        with pytest.raises(ConfigError, match="~tuned") as caught:
+            check_job(composer.compose(cell))
+        assert caught.value.field == "tuned"
+        assert check_job(composer.compose([*cell, "~tuned"]))["optimizer"]["lr"] == 1e-3
+        assert check_job(composer.compose(["model=llama_130m", "scale=1x"]))["optimizer"]["lr"] == 0.008

@@ -11,6 +11,7 @@ import pytest
 from synthetic_run import config, metric_rows
 
 from lightning_opt import reports
+from lightning_opt.checkpoints.manifest import manifest_text
 from lightning_opt.run_folder import Status, adoptable
 
 EVENTS = [
@@ -61,7 +62,11 @@ def test_the_printed_command_finds_the_very_folder(
     folder = make_run(tmp_path / place, rows=metric_rows()[:30], config=asked, overrides=["seed=3", "resume=never"])
     Status(folder / "status.json", "1a2b3c4d").set("PREEMPTED", "stopped by SIGTERM at step 30")
     assert reports.next_commands(reports.read(folder))[0][0].startswith("Start this run over")
-    (folder / "checkpoints" / "step-000030").mkdir(parents=True)
+    saved = folder / "checkpoints" / "step-000030"
+    saved.mkdir(parents=True)  # which a power cut has emptied
+    assert reports.next_commands(reports.read(folder))[0][0].startswith("Move this folder away and start anew")
+    text = manifest_text(step=30, created="now", versions={}, metric={"name": None, "value": None}, files={}, meta={})
+    (saved / "MANIFEST.json").write_text(text)
     what, command = reports.next_commands(reports.read(folder))[0]
     assert what.startswith("Resume this run")
     python, script, *overrides = shlex.split(command)

@@ -15,7 +15,16 @@ from pathlib import Path
 
 import pytest
 
-from lightning_opt.run_folder import FolderRefused, Status, adoptable, claim, config_hash, read_status
+from lightning_opt.run_folder import (
+    FolderRefused,
+    Status,
+    adoptable,
+    claim,
+    config_hash,
+    owner_is_gone,
+    owner_seems_gone,
+    read_status,
+)
 
 HASH = "0123abcd"
 
@@ -88,10 +97,10 @@ class Sleeps:
             self._act()
 
 
-# the age of a heartbeat, and how long we look at it; a negative age is a clock ahead of ours
-@pytest.mark.parametrize(("age", "looks"), [(600, 0), (30, 90), (1, 119), (-3600, 120)])
+# the age of a heartbeat; a negative one is of a clock ahead of ours
+@pytest.mark.parametrize("age", [600, 1, -3600])
 def test_a_run_whose_host_broke_down_is_taken_up_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, age: float, looks: float
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, age: float
 ) -> None:
     first, _ = claim(tmp_path, "run", HASH)
     owned_elsewhere(first.path, age)
@@ -99,17 +108,20 @@ def test_a_run_whose_host_broke_down_is_taken_up_again(
     again, adopted = claim(tmp_path, "run", HASH)
     assert adopted
     assert again.path == first.path
-    assert sleeps.slept == pytest.approx(looks, abs=1)
-    assert len(caplog.messages) == (2 if looks else 0)
+    assert sleeps.slept == pytest.approx(120, abs=1)
+    assert len(caplog.messages) == 2
 
 
+# by our clock: one that beat just now, and one whose clock is an hour behind
+@pytest.mark.parametrize("age", [5, 3600])
 @pytest.mark.parametrize("named", [False, True])
 def test_a_run_that_beats_on_another_host_keeps_its_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool, age: float
 ) -> None:
     first, _ = claim(tmp_path, "run", HASH)
-    owned_elsewhere(first.path, 5)
-    sleeps = Sleeps(monkeypatch, at=7, act=lambda: owned_elsewhere(first.path, 0))
+    owned_elsewhere(first.path, age)
+    assert adoptable(tmp_path, "run", HASH) is None
+    sleeps = Sleeps(monkeypatch, at=7, act=lambda: owned_elsewhere(first.path, age - 7))
     if named:
         with pytest.raises(FolderRefused, match="in progress"):
             claim(tmp_path, "run", HASH, path=first.path)
@@ -127,6 +139,36 @@ def test_who_took_it_up_before_us_keeps_it(tmp_path: Path, monkeypatch: pytest.M
     owned_elsewhere(first.path, 5)
     Sleeps(monkeypatch, at=100, act=lambda: first.status.write_text(own))
     assert claim(tmp_path, "run", HASH)[0].path != first.path
+
+
+def test_who_slept_while_another_took_the_folder_up_ends_and_writes_no_more(tmp_path: Path) -> None:
+    """The kernel stops it, as a host does that hangs; its next beat finds the other's name."""
+    code = f"""
+import time
+from pathlib import Path
+from lightning_opt.run_folder import status
+status.HEARTBEAT_S = 0.05
+with status.Status(Path({str(tmp_path)!r}) / "status.json", {HASH!r}):
+    print("runs", flush=True)
+    time.sleep(60)
+"""
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "runs\n"
+    time.sleep(0.3)
+    assert child.poll() is None  # its own name does not trouble it
+    child.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, child.pid, os.WSTOPPED)
+    owned_elsewhere(tmp_path, 0)
+    theirs = (tmp_path / "status.json").read_bytes()
+    child.send_signal(signal.SIGCONT)
+    _, said = child.communicate(timeout=30)
+    assert child.returncode == 143
+    assert "on elsewhere has taken it up: this one ends and writes no more" in said
+    assert (tmp_path / "status.json").read_bytes() == theirs
+    assert owner_seems_gone(read_status(tmp_path / "status.json")) is False
+    owned_elsewhere(tmp_path, 600)
+    assert owner_seems_gone(read_status(tmp_path / "status.json"))  # on a page
+    assert not owner_is_gone(read_status(tmp_path / "status.json"))
 
 
 def claimer(root: Path, seconds: float) -> list[str]:

@@ -166,6 +166,33 @@ def test_what_finds_the_disk_full_is_written_later(tmp_path: Path, monkeypatch: 
     assert [event.get("step") for event in read_events(events)] == [None, 3, 6, None]
 
 
+def test_an_event_behind_a_torn_line_is_not_lost(tmp_path: Path) -> None:
+    events = tmp_path / "events.jsonl"
+    append_event(events, "first")
+    with events.open("a") as file:
+        file.write('{"time": 1.0, "ki')  # killed here
+    append_event(events, "resumed", step=3)
+    append_event(events, "last")
+    assert [event["kind"] for event in read_events(events)] == ["first", "resumed", "last"]
+
+
+def test_late_events_do_not_bring_a_deleted_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    gone, other = (RunFolder(tmp_path / name) for name in ("gone", "other"))
+    for folder in (gone, other):
+        folder.path.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "append_text", full)
+        append_event(gone.events, "checkpoint_failed", step=3)
+    gone.path.rmdir()
+    append_event(other.events, "first")
+    assert not gone.path.exists()
+    assert gone.events not in records._late
+    assert [event["kind"] for event in read_events(other.events)] == ["first"]
+
+
 def test_an_append_leaves_all_or_nothing(tmp_path: Path) -> None:
     """The kernel's own refusal, in the middle of a line: a file that may not grow beyond 100 bytes."""
     code = (

@@ -17,6 +17,7 @@ from lightning_opt.callbacks import Export, LossGuard
 from lightning_opt.optim import schedules
 from lightning_opt.plan import RunPlan
 from lightning_opt.run_folder import Diverged, RunFolder, read_metrics
+from lightning_opt.training import trainer
 
 VOCABULARY, LENGTH = 32, 16
 PLAN = RunPlan(
@@ -307,6 +308,15 @@ def test_weights_that_are_not_finite_are_no_finished_run(tmp_path: Path, spoils:
     losses = read_metrics(tmp_path / "metrics.csv")
     assert np.isnan(losses["val/loss"][-1])
     assert np.isnan(losses["val/bits_per_byte"][-1])
+
+
+def test_a_module_without_weights_is_finite() -> None:
+    """Of a model split over ranks, one may hold nothing of it."""
+    assert trainer._finite(torch.nn.Linear(0, 3, bias=False))
+    assert trainer._finite(torch.nn.Identity())
+    spoiled = torch.nn.Linear(2, 2)
+    spoiled.weight.data[0, 0] = torch.inf
+    assert not trainer._finite(spoiled)
 
 
 def test_one_validation_batch_that_is_not_a_number_shows(tmp_path: Path) -> None:

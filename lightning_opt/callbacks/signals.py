@@ -1,0 +1,236 @@
+"""What does the optimizer need to know that it cannot see?"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from torch import Tensor
+
+from lightning_opt.callbacks.batches import StepLoss
+from lightning_opt.callbacks.curvature import Curvature, groups_that_need
+from lightning_opt.callbacks.stability import FEWEST, total_norm
+from lightning_opt.plan import ConfigError, check_value
+
+log = logging.getLogger("lightning_opt.callbacks")
+
+CURVATURE = "hessian_diagonal"
+MEASURED = ("loss_volatility", "grad_norm_change")
+FED = frozenset({"run_length", CURVATURE, *MEASURED})
+
+
+class OptimizerSignals(pl.Callback):
+    """Feeds optimizers of ours what they name in `needs`, and has them in the right mode.
+
+    - ``run_length``: optimizer steps of the run, for phases that are fractions of it
+    - ``loss_volatility``: standard deviation over mean of the last ``window`` steps' losses (means over micro-batches
+      and processes); ``grad_norm_change``: mean of |g_t - g_(t-1)| / g_(t-1) over them; not a number before there are
+      10 (``window`` if that is less). Neither makes the host wait
+    - ``hessian_diagonal``: for Sophia, every ``interval`` steps by its ``estimator`` (`Curvature`); the LightningModule
+      must have ``curvature_loss(batch, generator)``
+    - averaged weights (schedule-free) are in place while validating and once the fit is over, so they are what is
+      exported and scored; checkpoints hold the trained ones, also one that is saved within a validation
+    - a change of phase is told to ``on_event`` on the first process
+
+    Costs nothing for an optimizer that needs nothing. List it before what exports the model. The window is part of the
+    checkpoint.
+
+    Args:
+        window: optimizer steps that ``loss_volatility`` and ``grad_norm_change`` look back on.
+
+    Attributes:
+        max_steps: optimizer steps of the whole run; ``None`` = as the trainer estimates.
+        on_event: called as ``on_event("phase_switched", step=, before=, after=, rule=, reason=)``, where it is set.
+
+    Raises:
+        ConfigError: when training starts, for a need that nothing here feeds, or two averages of the weights.
+    """
+
+    def __init__(self, window: int = 50) -> None:
+        check_value("callbacks.OptimizerSignals.window", window, field="signals.window")
+        self.window = window
+        self.max_steps: int | None = None
+        self.on_event: Callable[..., None] | None = None
+        self._history = torch.full((2, window), torch.nan)  # a ring: row 0 losses, row 1 changes of the gradient norm
+        self._count = 0
+        self._norm: Tensor | None = None
+        self._optimizers: list[Any] = []
+        self._curvatures: dict[Any, Curvature] = {}  # of the step under way, by optimizer
+        self._undo: list[Callable[[], None]] = []
+
+    # -- the fit ----------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuses what cannot be fed, and says how long the run is."""
+        self._optimizers = [optimizer for optimizer in trainer.optimizers if hasattr(optimizer, "observe")]
+        for optimizer in self._optimizers:
+            self._refuse(trainer, pl_module, optimizer)
+            if "run_length" in optimizer.needs:
+                length = self.max_steps or trainer.estimated_stepping_batches
+                optimizer.observe(run_length=int(length))
+
+    def _refuse(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Any) -> None:
+        rules = ", ".join(sorted({group["rule"] for group in optimizer.param_groups}))
+        if unmet := sorted(optimizer.needs - FED):
+            raise ConfigError("optimizer", rules, f"needs {', '.join(unmet)}, which nothing here feeds")
+        if CURVATURE in optimizer.needs:
+            if not callable(getattr(module, "curvature_loss", None)):
+                what = f"needs {CURVATURE}: the LightningModule must have curvature_loss(batch, generator)"
+                raise ConfigError("optimizer", rules, what)
+            if getattr(trainer.precision_plugin, "scaler", None) is not None:
+                raise ConfigError("trainer.precision", "16-mixed", "scales losses: the curvature must be of the loss")
+        if optimizer.averages and any(_averages(callback) for callback in trainer.callbacks):
+            raise ConfigError("callbacks", "ema", f"must be left out: {rules} averages the weights itself")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Hooks into the optimizers; also after a resume."""
+        self._unhook()
+        self._trainer, self._loss = trainer, StepLoss()
+        self._history = self._history.to(pl_module.device)
+        for optimizer in self._optimizers:
+            optimizer.train()
+            if hasattr(optimizer, "register_switch_hook"):
+                self._start_phases(trainer, optimizer)
+            if CURVATURE in optimizer.needs:
+                optimizer.observe(**{CURVATURE: {}})  # between two estimates there is nothing new
+            if not optimizer.needs.isdisjoint((*MEASURED, CURVATURE)):
+                self._undo.append(optimizer.register_before_update_hook(self._before_update))
+
+    def _start_phases(self, trainer: pl.Trainer, optimizer: Any) -> None:
+        if trainer.global_step and not optimizer.taken:  # the run was another optimizer's until now
+            optimizer.begin_at(trainer.global_step)
+        if trainer.is_global_zero:
+            log.info("phases     %s", optimizer.describe())
+        self._undo.append(optimizer.register_switch_hook(self._tell))
+
+    def _tell(self, switch: Any) -> None:
+        if self.on_event is not None and self._trainer.is_global_zero:
+            told = {key: getattr(switch, key) for key in ("step", "before", "after", "rule", "reason")}
+            self.on_event("phase_switched", **told)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Where an estimate is due, measures this micro-batch's share of it."""
+        for optimizer in self._optimizers:
+            groups = groups_that_need(optimizer, CURVATURE)
+            if groups and trainer.global_step % groups[0]["interval"] == 0:
+                if optimizer not in self._curvatures:
+                    params = [p for group in groups for p in group["params"]]
+                    place = trainer.world_size, trainer.global_rank
+                    self._curvatures[optimizer] = Curvature(params, groups[0]["estimator"], trainer.global_step, *place)
+                self._curvatures[optimizer].add(pl_module, batch, trainer.precision_plugin.train_step_context())
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Takes a micro-batch's loss."""
+        if self._undo:
+            self._loss.add(loss, trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1)
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        """Gradients are complete and not clipped yet."""
+        self._norm_before = getattr(optimizer, "last_grad_norm", None)
+
+    def _before_update(self, optimizer: Any) -> None:
+        """Within the step, behind its clipping: all of the step's losses and gradients are known."""
+        if not optimizer.needs.isdisjoint(MEASURED):
+            self._measure(optimizer)
+            values = dict(zip(MEASURED, self._values(), strict=True))
+            optimizer.observe(**{name: value for name, value in values.items() if name in optimizer.needs})
+        if (curvature := self._curvatures.pop(optimizer, None)) is not None:
+            optimizer.observe(**{CURVATURE: curvature.estimate()})
+
+    # -- loss and gradient norm -------------------------------------------------------------------------------------
+
+    def _measure(self, optimizer: Any) -> None:
+        told = optimizer.last_grad_norm
+        norm = told if told is not None and told is not self._norm_before else total_norm(optimizer)
+        absent = self._history.new_full((), torch.nan)
+        loss, norm = (absent if value is None else value.detach().to(absent) for value in (self._loss.take(), norm))
+        if self._trainer.world_size > 1:
+            loss = loss.clone()
+            dist.all_reduce(loss)
+            loss /= self._trainer.world_size
+        change = absent if self._norm is None else (norm - self._norm).abs() / self._norm
+        self._norm = norm.clone()
+        self._history[:, self._count % self.window] = torch.stack([loss, change])
+        self._count += 1
+
+    def _values(self) -> tuple[Tensor, Tensor]:
+        """Loss volatility and change of the gradient norm, as float64 scalars on the device."""
+        if self._count < min(FEWEST, self.window):
+            absent = self._history.new_full((), torch.nan)
+            return absent, absent
+        losses, changes = self._history[:, : self._count].double()
+        return losses.std() / losses.mean(), changes.nanmean()
+
+    # -- averaged weights -------------------------------------------------------------------------------------------
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Averaged weights are what is validated."""
+        for optimizer in self._optimizers:
+            optimizer.eval()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """And the trained ones what goes on; once the fit is over the averaged ones stay."""
+        if trainer.state.fn == "fit":
+            self._train()
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Within a validation the module holds the averaged weights: training goes on from the others."""
+        swapped = [optimizer for optimizer in self._optimizers if optimizer.swapped]
+        if not swapped:
+            return
+        self._train()
+        state = trainer.strategy.lightning_module_state_dict()
+        checkpoint["state_dict"] = {name: value.detach().clone() for name, value in state.items()}
+        for optimizer in swapped:
+            optimizer.eval()
+
+    def _train(self) -> None:
+        for optimizer in self._optimizers:
+            optimizer.train()
+
+    # -- the end ----------------------------------------------------------------------------------------------------
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lets go of the optimizers."""
+        self._unhook()
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Averaged weights are what is exported and scored."""
+        for optimizer in self._optimizers:
+            optimizer.eval()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Lets go of the optimizers; their weights are the trained ones."""
+        self._unhook()
+        self._train()
+
+    def _unhook(self) -> None:
+        self._curvatures = {}
+        while self._undo:
+            self._undo.pop()()
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain types: the window."""
+        state = {"history": self._history.cpu().clone(), "count": self._count}
+        return state if self._norm is None else state | {"grad_norm": self._norm.cpu()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from `state_dict`; a window of another length starts empty."""
+        if state_dict["history"].shape == self._history.shape:
+            self._history, self._count = state_dict["history"].clone(), state_dict["count"]
+            self._norm = state_dict.get("grad_norm")
+
+
+def _averages(callback: Any) -> bool:
+    return isinstance(callback, WeightAveraging | StochasticWeightAveraging)

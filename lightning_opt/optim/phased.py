@@ -1,0 +1,442 @@
+"""Phases: one optimizer whose rule changes on the way, for example Lion, then AdamW, then Lion.
+
+A phase names its rule, where it ends (`until`: optimizer steps, or a fraction of the run below 1) and what it changes:
+`lr_scale` (or `lr`), `weight_decay` and the rule's own hyperparameters. Groups that name a rule keep it throughout.
+
+At a seam
+
+- states of the same name and shape go on: `exp_avg` is the average of the gradients to Lion as to AdamW;
+- states that only the coming rule has are filled during the last `warm` steps of the phase before: the coming rule runs
+  along on a copy of the weight, parameter by parameter, and only its own states are kept. They count their own
+  updates, so bias corrections are right on the phase's first step. Rules that write their weights (schedule-free)
+  cannot run along and start fresh;
+- states that the coming rule does not have are dropped;
+- the rate is the schedule's times the phase's factor, multiplied at the step: schedules know nothing of phases. Over
+  the first `ramp` steps of a phase it grows linearly to that.
+
+The rule changes between two steps: after step `until`, on every process alike, since all count the same steps. Skipped
+steps count. A checkpoint holds the phase, the steps and the states being filled; resumed runs go on bit for bit.
+
+Tuning: AdamW's rate is 3 to 10 times Lion's and its decay as much smaller, so lr x weight_decay stays. A second moment
+needs about 1 / (1 - beta2) steps: `warm` 100 to 200 at beta2 0.98 to 0.99. Memory while filling: both rules' states.
+
+Traps: without `warm` AdamW's second moment starts at one gradient, and its first steps are signs at AdamW's rate. A
+rule whose state has another meaning must call it another name. Schedules see none of this: `lr/<role>` in the logs is
+the rate that was stepped by. Sources: no paper; SWATS (Keskar and Socher 2017, arXiv 1712.07628) switches once, Adam to
+SGD.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor
+
+from lightning_opt import kernels
+from lightning_opt.optim.base import Optimizer
+from lightning_opt.optim.buckets import Row, filled_bucket, layout_of
+from lightning_opt.optim.catalogue import find_rule, rule_of
+from lightning_opt.optim.groups import COMMON, at_rate, checked, decay
+from lightning_opt.optim.schedules import steps_of
+from lightning_opt.optim.storage import fresh_state, restored
+from lightning_opt.plan import ConfigError, check_value, one_of
+
+log = logging.getLogger("lightning_opt.optim")
+
+_PLACE = ("rule", "until", "lr", "lr_scale")
+_FIXED = ("lr", "state_dtype")  # of the whole run: rates are factors, and states go on
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of the run under one rule.
+
+    Attributes:
+        name: the user's.
+        rule: name of its rule.
+        until: optimizer steps (>= 1) or fraction of the run (< 1) where it ends; None: the end, or when told.
+        factor: of the rate.
+        values: hyperparameters that it gives.
+    """
+
+    name: str
+    rule: str
+    until: int | float | None
+    factor: float
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Switch:
+    """A change of phase.
+
+    Attributes:
+        step: optimizer steps before it.
+        before, after: names of the phases.
+        rule: the new one.
+        reason: in a few words.
+    """
+
+    step: int
+    before: str
+    after: str
+    rule: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.before} -> {self.after} ({self.rule}) after step {self.step}: {self.reason}"
+
+
+class Phased(Optimizer):
+    """Optimizer whose rule changes at given steps; see the module's text.
+
+    Args:
+        params: parameters, named parameters or parameter groups. A group's own hyperparameters hold in every phase
+            whose rule has them; a group with a ``rule`` keeps it.
+        phases: name to ``{rule, until, lr_scale or lr, weight_decay, ...}``, in order; the last has no ``until``.
+        lr: the rate that the phases' factors multiply (and schedules scale).
+        warm: steps (or fraction of the run) before a seam in which the coming rule's own states are filled.
+        ramp: steps (or fraction of the run) after a seam over which the rate grows from zero.
+        **hyper: hyperparameters of any phase's rule and the common ones; each rule takes those it has.
+
+    Attributes:
+        phase: name of the phase that the next step belongs to.
+        taken: optimizer steps so far.
+
+    Raises:
+        ConfigError: for an unknown rule, phase order or hyperparameter, or a value out of range.
+    """
+
+    ends = True  # whether phases say where they end
+    _kept: tuple[str, ...] = (
+        *("_top", "_phases", "_by_phase", "_warm", "_ramp"),
+        *("phase", "taken", "_entered", "_coming"),
+    )  # of a copy
+
+    def __init__(
+        self,
+        params: Any,
+        phases: Mapping[str, Mapping[str, Any] | None],
+        lr: float = 1e-3,
+        *,
+        warm: float = 100,
+        ramp: float = 0,
+        **hyper: Any,
+    ) -> None:
+        self._top = {"lr": lr, **hyper}
+        self._phases = {phase.name: phase for phase in read_phases(phases, self._top, ends=self.ends)}
+        self._warm = check_value("warm", warm, field="optimizer.warm")
+        self._ramp = check_value("ramp", ramp, field="optimizer.ramp")
+        self._by_phase: list[dict[str, dict[str, Any]]] = []  # per group, by phase; {} where the rule is fixed
+        self._on_switch: list[Callable[[Switch], None]] = []
+        first = next(iter(self._phases.values()))
+        self.phase, self.taken, self._entered, self._coming = first.name, 0, 0, None
+        super().__init__(params, rule=first.rule, lr=lr, **self._values(find_rule(first.rule).defaults, first.values))
+
+    def _values(self, defaults: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+        """Hyperparameters of a rule with these defaults, but for the rate: the optimizer's, then `own`."""
+        keys = {*COMMON, *defaults, "clip_group"} - {"lr"}
+        presets = {key: defaults[key] for key in defaults.keys() & COMMON.keys()}  # a cautious rule's caution
+        layers = {**COMMON, **defaults, **self._top, **presets, **own}
+        return {key: layers[key] for key in keys if key in layers}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, whose hyperparameters are checked for every phase.
+
+        Raises:
+            ConfigError: for an unknown rule or hyperparameter, or a value out of range.
+            ValueError: for a parameter that is already held, cannot be trained, or that a phase's rule does not take.
+        """
+        given = dict(param_group)
+        by_phase: dict[str, dict[str, Any]] = {}
+        if given.get("rule") is not None:
+            given = {**self._values(find_rule(given["rule"]).defaults, {}), "lr": self._top["lr"], **given}
+        else:
+            for phase in self._phases.values():
+                rule = find_rule(phase.rule)
+                values = self._values(rule.defaults, {**phase.values, **given})
+                whole = checked(rule, {**values, "lr": given.get("lr", self.defaults["lr"])})
+                factor = {"rule": rule.name, "lr_factor": phase.factor}
+                by_phase[phase.name] = {**{key: whole[key] for key in values}, **factor}
+            known = {key for values in by_phase.values() for key in values}
+            first = by_phase[self.phase]
+            given = {key: value for key, value in given.items() if key in first or key not in known} | first
+        super().add_param_group(given)
+        least = max((find_rule(values["rule"]).least_ndim for values in by_phase.values()), default=0)
+        if small := [p for p in self.param_groups[-1]["params"] if p.ndim < least]:
+            del self.param_groups[-1]
+            raise ValueError(f"a phase's rule takes matrices, and a parameter has shape {tuple(small[0].shape)}")
+        self._by_phase.append(by_phase)
+
+    # -- the course of the run --------------------------------------------------------------------------------------
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Signals of every phase's rules; ``run_length`` where anything is a fraction of the run."""
+        found = super().needs.union(*(find_rule(phase.rule).needs for phase in self._phases.values()))
+        lengths = [self._warm, self._ramp, *(phase.until for phase in self._phases.values())]
+        return found | {"run_length"} if any(length and length < 1 for length in lengths) else found
+
+    def observe(self, **signals: Any) -> None:
+        """As `Optimizer.observe`; with the length of the run all phases have their places."""
+        super().observe(**signals)
+        if "run_length" in signals:
+            self.describe()
+            self._set_rates()
+
+    def begin_at(self, step: int) -> None:
+        """Goes to where a run is after so many steps that another optimizer took."""
+        self.taken = step - 1
+        self._turn()
+
+    def steps(self, amount: float | None) -> int | None:
+        """Optimizer steps that a length stands for; None: no end."""
+        return None if amount is None else steps_of(amount, self._signals.get("run_length", 0))
+
+    def describe(self) -> str:
+        """The course of the run in one line."""
+        ends = {name: self.steps(phase.until) for name, phase in self._phases.items()}
+        check_order(self._phases.values(), list(ends.values()))
+        return ", then ".join(
+            f"{name} ({self._phases[name].rule})" + (f" until step {end}" if end is not None else "")
+            for name, end in ends.items()
+        )
+
+    def register_switch_hook(self, hook: Callable[[Switch], None]) -> Callable[[], None]:
+        """Calls ``hook(switch)`` after every change of phase; returns a function that takes it off again."""
+        self._on_switch.append(hook)
+        return lambda: self._on_switch.remove(hook)
+
+    def _next(self) -> tuple[str | None, str | None]:
+        """The phase whose states should be filled from the next step on, and why it begins with the next step."""
+        end = self.steps(self._phases[self.phase].until)
+        if end is None or self.taken < end - self.steps(self._warm):
+            return None, None
+        names = list(self._phases)
+        return names[names.index(self.phase) + 1], f"{self.phase} ends there" if self.taken >= end else None
+
+    def _turn(self) -> None:
+        """Counts the step, and puts everything as the next step will find it."""
+        self.taken += 1
+        while True:  # a shorter run than before may have left more than one phase behind
+            coming, reason = self._next()
+            if self._coming not in (None, coming):
+                self._forget(self._coming)
+            self._coming = coming
+            if coming is None or reason is None:
+                break
+            self._switch(coming, reason)
+        self._set_rates()
+
+    def _set_rates(self) -> None:
+        ramp = self.steps(self._ramp) if self._entered else 0
+        share = min(1.0, (self.taken - self._entered + 1) / (ramp + 1))
+        for group, by_phase in zip(self.param_groups, self._by_phase, strict=True):
+            if by_phase:
+                group["lr_factor"] = by_phase[self.phase]["lr_factor"] * share
+
+    # -- the seam ---------------------------------------------------------------------------------------------------
+
+    def _update(self) -> None:
+        for group, by_phase in zip(self.param_groups, self._by_phase, strict=True):
+            if self._coming is not None and by_phase:
+                self._fill({**group, **by_phase[self._coming], "cautious": False})
+        super()._update()
+
+    def _fill(self, group: dict[str, Any]) -> None:
+        """Lets the coming rule run along on copies, one parameter at a time; only its own states stay."""
+        rule, view = rule_of(group), at_rate(group)
+        if rule.writes:
+            return
+        l2 = None if rule.own_decay else decay(view)[1]
+        for index, p in enumerate(group["params"]):
+            state = self.state.get(p)
+            if p.grad is None or not state:
+                continue
+            layout = layout_of(group, index)
+            fresh = fresh_state(rule, view, p, layout)
+            if not all(_fits(state[name], fresh[name]) for name in fresh if name in state):
+                continue  # a state that means something else to the rule of now
+            _add_missing(state, fresh)
+            if not (ahead := state.get("ahead")):
+                return  # both rules have the same states
+            copies = {name: value if name in ahead else _copy(value) for name, value in state.items()}
+            del copies["ahead"]
+            row = Row.of(rule, p.detach().clone(), p.grad, copies, layout)
+            step = state["step"] + 1
+            skip = self._skip.to(p.device) if isinstance(self._skip, Tensor) else None
+            bucket = filled_bucket(rule, [row], step, view, shrink=None, l2=l2, skip=skip)
+            kernels.run("foreach" if rule.elementwise else "whole", rule, bucket)
+            state.update({name: copies[name] for name in ahead})
+
+    def _switch(self, name: str, reason: str) -> None:
+        self._settle()
+        switch = Switch(self.taken, self.phase, name, self._phases[name].rule, reason)
+        self._enter(name)
+        for group, by_phase in zip(self.param_groups, self._by_phase, strict=True):
+            for index, p in enumerate(group["params"] if by_phase else ()):
+                if state := self.state.get(p):
+                    _carry(state, group, p, layout_of(group, index))
+        self._entered, self._coming = self.taken, None
+        log.info("phase      %s", switch)
+        for hook in list(self._on_switch):
+            hook(switch)
+
+    def _enter(self, name: str) -> None:
+        """Gives the groups a phase's rule and hyperparameters; states stay."""
+        self.phase = name
+        for group, by_phase in zip(self.param_groups, self._by_phase, strict=True):
+            if by_phase:
+                for key in find_rule(group["rule"]).defaults:
+                    group.pop(key, None)
+                group.update(by_phase[name])
+        self._elements.clear()
+
+    def _forget(self, name: str | None) -> None:
+        """Drops the states that were being filled for a phase that does not come after all."""
+        for state in self.state.values():
+            for key in state.pop("ahead", {}):
+                del state[key]
+                state["since"].pop(key, None)
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `Optimizer.state_dict`, and under ``phases`` where in the course of the run it is."""
+        return {**super().state_dict(), "phases": self._position()}
+
+    def _position(self) -> dict[str, Any]:
+        return {"phase": self.phase, "taken": self.taken, "entered": self._entered, "coming": self._coming or ""}
+
+    def _go_to(self, position: Mapping[str, Any]) -> None:
+        self.taken, self._entered = position["taken"], position["entered"]
+        self._coming = position["coming"] if position["coming"] in self._phases else None
+        self._enter(position["phase"])
+
+    def with_own_values(self, state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
+        """A saved state under this optimizer's phases, from the saved one of them on; None where it does not fit."""
+        position = state_dict.get("phases")
+        if position is None or position["phase"] not in self._phases:
+            return None
+        self._go_to(position)
+        return super().with_own_values(state_dict)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from what `state_dict` returned, in the phase it was saved in.
+
+        Raises:
+            ConfigError: where it is not of this optimizer, or of no phase that it has.
+        """
+        position = state_dict.get("phases", {})
+        if position.get("phase") not in self._phases:
+            names = ", ".join(self._phases)
+            raise ConfigError("phases", position.get("phase"), f"the checkpoint's phase must be one of {names}")
+        self._go_to(position)
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "phases"})
+        if self._coming is None:
+            self._forget(position["coming"])
+        self._set_rates()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **{key: getattr(self, key) for key in self._kept}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_on_switch", [])
+
+
+def read_phases(
+    phases: Mapping[str, Mapping[str, Any] | None], top: Mapping[str, Any], *, ends: bool = True
+) -> list[Phase]:
+    """Checks a map of phases; entries that are None are left out.
+
+    Args:
+        phases: name to settings.
+        top: hyperparameters that hold for all.
+        ends: all but the last say `until`; False: none does.
+
+    Raises:
+        ConfigError: names the field.
+    """
+    entries = {name: entry for name, entry in phases.items() if entry is not None}
+    for name, entry in entries.items():
+        if not isinstance(entry, Mapping) or not entry.get("rule"):
+            raise ConfigError(f"optimizer.phases.{name}", entry, "must name its rule, for example {rule: lion}")
+    if not entries:
+        raise ConfigError("optimizer.phases", phases, "must have a phase, for example {start: {rule: lion}}")
+    rules = {name: find_rule(e["rule"], field=f"optimizer.phases.{name}.rule") for name, e in entries.items()}
+    common = {*COMMON, "clip_group", *(key for rule in rules.values() for key in rule.defaults)}
+    for key, value in top.items():
+        if key not in common:
+            raise ConfigError(f"optimizer.{key}", value, one_of(key, sorted(common)))
+    last = list(entries)[-1]
+    found = []
+    for name, entry in entries.items():
+        known = {*COMMON, "clip_group", *rules[name].defaults} - set(_FIXED) | set(_PLACE)
+        values = {}
+        for key, value in entry.items():
+            field = f"optimizer.phases.{name}.{key}"
+            if key not in known:
+                raise ConfigError(field, value, one_of(key, sorted(known)))
+            if key not in ("rule", "clip_group"):
+                key_rule = key if key in _PLACE else f"{entry['rule']}.{key}"
+                value = check_value(key_rule, value, field=field)
+            values[key] = value
+        until = values.get("until")
+        if (until is None) != (not ends or name == last):
+            what = "must say where the phase ends" if ends and name != last else "must be null: this phase has no end"
+            raise ConfigError(f"optimizer.phases.{name}.until", until, what)
+        factor = values.get("lr", top["lr"]) / top["lr"] * values.get("lr_scale", 1.0)
+        values = {key: value for key, value in values.items() if key not in _PLACE}
+        found.append(Phase(name, rules[name].name, until, factor, values))
+    for kind in (int, float):  # those of one kind can be compared before the length of the run is known
+        same = [phase for phase in found if type(phase.until) is kind]
+        check_order(same, [phase.until for phase in same])
+    return found
+
+
+def check_order(phases: Any, ends: Sequence[float | None]) -> None:
+    """Refuses a phase that ends before it begins.
+
+    Raises:
+        ConfigError: names it.
+    """
+    for (before, end), (phase, later) in pairwise(zip(phases, ends, strict=True)):
+        if later is not None and end is not None and later <= end:
+            what = f"must be later than {end:g}, where {before.name} ends"
+            raise ConfigError(f"optimizer.phases.{phase.name}.until", phase.until, what)
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else dict(value) if isinstance(value, Mapping) else value
+
+
+def _fits(held: Any, wanted: Any) -> bool:
+    return type(held) is type(wanted) and (not isinstance(wanted, Tensor) or held.shape == wanted.shape)
+
+
+def _add_missing(state: dict[str, Any], fresh: Mapping[str, Any]) -> None:
+    """Gives a parameter the states that it lacks for the coming rule, and their own count."""
+    for name, value in fresh.items():
+        if name not in state:
+            state[name] = value
+            state.setdefault("since", {})[name] = state["step"]
+            state.setdefault("ahead", {})[name] = 1
+
+
+def _carry(state: dict[str, Any], group: Mapping[str, Any], p: Tensor, layout: Mapping[str, Any]) -> None:
+    """Makes a parameter's state, in place, what the group's new rule wants."""
+    rule = rule_of(group)
+    fresh = fresh_state(rule, group, p, layout)
+    since, step = state.pop("since", {}), state["step"]
+    state.pop("ahead", None)
+    kept = restored(rule, group, p, {name: state[name] for name in fresh if _fits(state.get(name), fresh[name])})
+    state.clear()
+    state |= {"step": step, **fresh, **kept}
+    counts = {name: since.get(name, 0) if name in kept else step for name in fresh}
+    if counts := {name: count for name, count in counts.items() if count}:
+        state["since"] = counts

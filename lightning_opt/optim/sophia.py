@@ -1,0 +1,135 @@
+"""Sophia: momentum divided by an estimate of the Hessian's diagonal, each element clipped to one rate.
+
+With gradient g, momentum m and Hessian average h (zero at first), rate lr, decay wd:
+
+    p <- p (1 - lr wd)
+    m <- beta1 m + (1 - beta1) g
+    every `interval` steps, with an estimate of the diagonal:  h <- beta2 h + (1 - beta2) estimate
+    p <- p - lr clip(m / max(gamma h, eps), -1, 1)
+
+The estimate is of the mean loss over a step's tokens and arrives as the signal `hessian_diagonal`:
+
+- `gnb` (Gauss-Newton-Bartlett): labels drawn from the model's own softmax, their gradient u, and tokens u^2. One more
+  forward and backward pass every `interval` steps.
+- `hutchinson`: u (H u) with u of standard normals, by a second backward pass or a difference of gradients. It may be
+  negative; max(gamma h, eps) then leaves lr sign(m).
+
+Liu et al. 2023, "Sophia: A Scalable Stochastic Second-order Optimizer" (arXiv 2305.14342), Algorithm 3 with 1
+(hutchinson) or 2 (gnb); Liuhong99/Sophia at a7e1572 is Sophia-G. There tokens stand beside the rate as `bs`, rho is
+gamma, and rho bs h + 1e-15 is the divisor: the same to 1e-15 / (gamma h). Wen et al. 2025 (arXiv 2509.02046) ran
+Sophia-H: `estimator: hutchinson`, gamma 0.0125, eps 1e-7, interval 10.
+
+Tuning: rate and decay as for AdamW (the repository: a little below AdamW's rate, decay 0.2). gamma so that 10 to 50 %
+of the elements are not clipped: larger gamma clips fewer. betas (0.965, 0.99).
+
+Traps: h is 0 until the first estimate and small for some more, and then every step is lr sign(m): Lion without decay of
+its sign, so warm up. `bs` defaults to 5120 in the repository and is wrong for everyone else; here the estimate carries
+the tokens. With float16 the estimate must be taken without the loss scaler. The two studies that tuned everything
+saw no gain over AdamW, and divergence in long runs at small batches (arXiv 2509.01440): read them before you hope.
+pytorch_optimizer has SophiaH only, with update_period 10 and its own Hessian code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_opt.kernels import Rule
+from lightning_opt.optim.base import Optimizer
+
+
+class Sophia(Optimizer):
+    """Sophia as a torch optimizer; see the module's text for the rule and how to tune it.
+
+    Hand it estimates with ``observe(hessian_diagonal={parameter: tensor})``; the callback `OptimizerSignals` does so in
+    a Trainer.
+
+    Args:
+        params: parameters, named parameters or parameter groups, as for any torch optimizer.
+        lr: largest change of a weight per step, typical 1e-4 to 1e-3.
+        betas: decay of the momentum and of the Hessian average (per estimate, not per step).
+        gamma: scale of the Hessian: larger, and fewer elements are clipped.
+        eps: smallest divisor.
+        estimator: ``gnb`` or ``hutchinson``, for whoever makes the estimates.
+        interval: optimizer steps between two estimates, likewise.
+        weight_decay: typical 0.1 to 0.2 for language models.
+        max_grad_norm: the gradient is clipped to this norm before the update; None = no clipping.
+        weight_decay_mode: ``decoupled``, ``independent`` or ``l2`` (see `Optimizer`).
+        cautious, cautious_weight_decay: see `Optimizer`.
+        state_dtype: of the momentum, ``float32`` or ``bfloat16``.
+        implementation: ``auto``, ``eager``, ``foreach`` or ``compiled``.
+
+    Raises:
+        ConfigError: for a value out of range or an unknown hyperparameter.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.965, 0.99),
+        gamma: float = 0.04,
+        eps: float = 1e-15,
+        estimator: str = "gnb",
+        interval: int = 10,
+        weight_decay: float = 0.1,
+        *,
+        max_grad_norm: float | None = None,
+        weight_decay_mode: str = "decoupled",
+        cautious: bool = False,
+        cautious_weight_decay: bool = False,
+        state_dtype: str = "float32",
+        implementation: str = "auto",
+        **unknown: Any,
+    ) -> None:
+        super().__init__(
+            params,
+            rule="sophia",
+            lr=lr,
+            betas=betas,
+            gamma=gamma,
+            eps=eps,
+            estimator=estimator,
+            interval=interval,
+            weight_decay=weight_decay,
+            max_grad_norm=max_grad_norm,
+            weight_decay_mode=weight_decay_mode,
+            cautious=cautious,
+            cautious_weight_decay=cautious_weight_decay,
+            state_dtype=state_dtype,
+            implementation=implementation,
+            **unknown,
+        )
+
+
+def scalars(step: Any, group: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of one step."""
+    return {"lr": group["lr"], "new1": 1 - group["betas"][0], "gamma": group["gamma"], "eps": group["eps"]}
+
+
+def update(p: Any, g: Any, m: Any, h: Any, *, lr: float, new1: float, gamma: float, eps: float) -> Any:
+    """The step; the momentum is written."""
+    m.lerp_(g, new1)
+    return torch.clamp(m / torch.clamp(h * gamma, min=eps), min=-1.0, max=1.0).mul_(lr)
+
+
+def observed(state: dict[str, Any], estimate: Tensor, group: Mapping[str, Any]) -> None:
+    """Takes one estimate of the Hessian's diagonal into a parameter's average."""
+    h = state["hessian"]
+    h.lerp_(estimate.to(h.dtype), 1 - group["betas"][1])
+
+
+RULE = Rule(
+    "sophia",
+    update,
+    scalars,
+    state=("exp_avg", "hessian"),
+    defaults={"betas": (0.965, 0.99), "gamma": 0.04, "eps": 1e-15, "estimator": "gnb", "interval": 10},
+    traffic=24,
+    wide_state=("hessian",),
+    needs=frozenset({"hessian_diagonal"}),
+    observed={"hessian_diagonal": observed},
+)
