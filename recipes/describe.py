@@ -76,15 +76,31 @@ def page(name: str) -> str:
 
 
 def story(name: str) -> tuple[str, str]:
-    """Title and text from the docstring of the optimizer's file, or from the head of its configuration."""
+    """Title and text from the docstring of the optimizer's file, or from the YAML where it is made of rules."""
     file = ROOT / "lightning_opt" / "optim" / f"{name}.py"
-    if file.exists():
-        text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or name
-    else:
-        text = re.sub(r"\. |\n\n", "\n\n", _head(name), count=1)
+    if not file.exists():
+        title = re.split(r"\. |\n\n", _head(name))[0]
+        return " ".join(title.split()), "\n".join(["## The rules", "", *_parts(name)])
+    text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or name
     title, _, rest = text.partition("\n\n")
-    blocks = [block.strip("\n") for block in re.split(r"\n\s*\n", rest)]
+    blocks = [block.strip("\n") for block in re.split(rf"\n\s*\n|(?<=\.)\s+(?=(?:{'|'.join(_HEADINGS)}):)", rest)]
     return " ".join(title.split()), "\n\n".join(["## The rule", *map(_block, blocks)])
+
+
+def _parts(name: str) -> list[str]:
+    """The rules that a configuration is made of, one line each, with the values that they run with."""
+    from lightning_opt.optim.catalogue import find_rule
+
+    values = yaml.safe_load((CONF / f"{name}.yaml").read_text(encoding="utf-8"))
+    lines = []
+    for part, given in {**values.get("phases", {}), **values["roles"]}.items():
+        if not (given := dict(given)).get("rule"):
+            continue
+        rule, until = given.pop("rule"), given.pop("until", None)
+        common = {key: values[key] for key in find_rule(rule).defaults if key in values}
+        told = ", ".join(f"{key} {_brief(value)}" for key, value in {**common, **given}.items())
+        lines.append(f"- {part}{f', until {until}' if until else ''}: [{rule}]({rule}.md), {told}")
+    return lines
 
 
 def _block(text: str) -> str:
@@ -92,7 +108,8 @@ def _block(text: str) -> str:
     word, colon, rest = text.partition(":")
     if colon and word in _HEADINGS:
         rest = rest.strip()
-        return f"## {_HEADINGS[word]}\n\n{rest[:1].upper()}{rest[1:]}"
+        rest = re.sub(r"^[a-z]{3,}\b", lambda first: first[0].capitalize(), rest)  # a shorter word may be a symbol
+        return f"## {_HEADINGS[word]}\n\n{rest}"
     return text
 
 

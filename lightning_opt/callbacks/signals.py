@@ -85,7 +85,7 @@ class OptimizerSignals(pl.Callback):
             if getattr(trainer.precision_plugin, "scaler", None) is not None:
                 raise ConfigError("trainer.precision", "16-mixed", "scales losses: the curvature must be of the loss")
         if optimizer.averages and any(_averages(callback) for callback in trainer.callbacks):
-            raise ConfigError("callbacks", "ema", f"must be left out: {rules} averages the weights itself")
+            raise ConfigError("callbacks", "ema", "must be left out: the optimizer averages the weights itself")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hooks into the optimizers; also after a resume."""

@@ -93,7 +93,7 @@ class Throughput(pl.Callback):
         self._laps, self._countable = Laps(self._clock, self._clock.mark()), True
         for optimizer in trainer.optimizers:
             if before_update := getattr(optimizer, "register_before_update_hook", None):
-                handle = before_update(lambda *_: self._cut("other"))
+                handle = before_update(lambda *_: self._cut("other"), watches=False)
                 self._undo.append(handle if callable(handle) else handle.remove)
             self._undo.append(optimizer.register_step_post_hook(lambda *_: self._cut("optimizer")).remove)
         self._watch_fetches(trainer.profiler)

@@ -54,6 +54,7 @@ def banner(folder: Path, plan: dict[str, Any], env: dict[str, Any]) -> None:
         )
     tuned = plan["tuned"]
     log.info("optimizer  %s; tuned values: %s", plan["optimizer"], tuned["source"] if tuned else "none, defaults")
+    tuning(tuned, plan["tokens_per_step"])
     table(
         "           ",
         ("role", "rule", "runs as", "tensors", "params", "lr", "decay", "state"),
@@ -69,6 +70,17 @@ def banner(folder: Path, plan: dict[str, Any], env: dict[str, Any]) -> None:
         plan["warmup_steps"],
         plan["schedule"]["name"],
     )
+
+
+def tuning(tuned: dict[str, Any] | None, tokens_per_step: int) -> None:
+    """Warns where tuned values were found at another batch, in tokens, than this run's."""
+    found_at = tuned and tuned.get("tokens_per_step")
+    if found_at and found_at != tokens_per_step:
+        log.warning(
+            "           tuned at %s tokens per step, and this run has %s: its best lr and batch may be others",
+            f"{found_at:,}",
+            f"{tokens_per_step:,}",
+        )
 
 
 def resumed(notes: Sequence[str]) -> None:

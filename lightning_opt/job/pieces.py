@@ -26,19 +26,48 @@ def flops_per_token(model: Any, non_embedding: int, sequence_length: int) -> flo
     return flops_of_shape(non_embedding, layers, hidden, sequence_length, vocabulary)
 
 
+def rehearse(config: dict[str, Any]) -> None:
+    """Builds the optimizer over a stand-in with a weight of every kind, before data and model cost time.
+
+    Raises:
+        ConfigError: its settings are wrong, the schedule is not for it, or nobody feeds the signals it needs.
+    """
+    import torch
+    from torch import nn
+
+    from lightning_opt import optim
+    from lightning_opt.optim import releasing
+
+    with torch.device("meta"):
+        parts = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 8))
+    try:
+        optimizer = optim.build(parts, config["optimizer"])
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError("optimizer", config["optimizer"]["name"], str(error)) from error
+    if (mode := config["trainer"].get("update_in_backward", "off")) != "off":
+        releasing.refuse(optimizer, clip_each=mode == "clip_each")
+    schedule = config["schedule"]
+    if optimizer.averages and (schedule["name"] != "constant" or schedule["warmup"]):
+        what = "must be flat beside an optimizer that averages its iterates and warms up by itself: schedule=flat"
+        raise ConfigError("schedule", schedule["name"], what)
+    targets = [str(entry.get("_target_")) for entry in (config["callbacks"] or {}).values() if entry]
+    fed = any(not t.startswith("lightning_opt.") or t.endswith(".OptimizerSignals") for t in targets)
+    if optimizer.needs and not fed:
+        what = f"needs {', '.join(sorted(optimizer.needs))}: the callback OptimizerSignals (callbacks.signals) feeds it"
+        raise ConfigError("optimizer", config["optimizer"]["name"], what)
+
+
 def module(config: dict[str, Any], plan: RunPlan, model: Any, optimizer: Any, token_data: Any) -> Any:
     """What Lightning trains."""
     from lightning_opt import training
     from lightning_opt.optim import schedules
 
-    schedule = config["schedule"]
-    if optimizer.averages and (schedule["name"] != "constant" or schedule["warmup"]):
-        what = "must be flat beside an optimizer that averages its iterates and warms up by itself: schedule=flat"
-        raise ConfigError("schedule", schedule["name"], what)
     return training.PretrainModule(
         model,
         optimizer,
-        schedules.build(schedule, plan.max_steps),
+        schedules.build(config["schedule"], plan.max_steps),
         corpora=_validation_weights(token_data),
         token_bytes=token_data.token_bytes,
         z_loss=config["model"].get("z_loss") or 0.0,

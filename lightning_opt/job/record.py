@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_opt.plan import RunPlan
+from lightning_opt.plan.lengths import steps_for_warmup
 
 _PACKAGES = [
     "lightning_opt",
@@ -98,6 +99,11 @@ def _git() -> tuple[str | None, bool | None]:
     return ask("rev-parse", "HEAD"), None if changes is None else bool(changes)
 
 
+def own_warmup(group: dict[str, Any], plan: RunPlan) -> int:
+    """Steps of a rule's own warm-up, beside which the schedule has none."""
+    return steps_for_warmup(group.get("warmup_steps", 0), plan.max_steps)
+
+
 def planned(
     config: dict[str, Any],
     plan: RunPlan,
@@ -133,6 +139,7 @@ def planned(
         "flops_per_token": flops_per_token,
         "seed": config["seed"],
         **asdict(plan),
+        "warmup_steps": max(plan.warmup_steps, *(own_warmup(group, plan) for group in optimizer.param_groups)),
         "schedule": config["schedule"],
         "precision": precision[0],
         "precision_reason": precision[1],

@@ -187,6 +187,7 @@ def _train(
     from lightning_opt import anatomy, data, models, optim, training
 
     config = order.config
+    pieces.rehearse(config)
     training.prepare(config["seed"], config["trainer"]["num_threads"], config["trainer"]["devices"])
     token_data = data.build(data_config(config), seed=config["seed"])
     plan = order.plan if order.plan.max_steps else check(config, sequences=len(token_data.train))

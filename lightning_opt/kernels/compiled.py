@@ -21,6 +21,11 @@ from lightning_opt.kernels.rule import Bucket, Rule, Variant, apply, measures, s
 
 log = logging.getLogger("lightning_opt.kernels")
 
+Shapes = tuple[torch.Size, ...]
+
+_MOST = 32  # lists of shapes that are compiled per kind of bucket: each takes seconds, and memory
+_shapes: dict[tuple[Any, ...], set[Shapes]] = {}
+_full: set[tuple[Any, ...]] = set()  # kinds of which it was said that they have no room
 _broken: dict[tuple[str, Variant, tuple[torch.dtype, ...]], str] = {}  # what cannot be compiled: why
 
 
@@ -117,25 +122,42 @@ def _own(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     return function
 
 
+def _has_room(kind: tuple[Any, ...], shapes: Shapes) -> bool:
+    """Whether one more list of shapes may be compiled for a kind of bucket: gradients that come and go make many."""
+    known = _shapes.setdefault(kind, set())
+    if shapes not in known and len(known) == _MOST:
+        if kind not in _full:
+            _full.add(kind)
+            log.warning("%s: %d lists of shapes are compiled, torch's kernels take all others", kind[0].name, _MOST)
+        return False
+    known.add(shapes)
+    return True
+
+
 @functools.cache
 def _compiled(
-    rule: Rule, names: tuple[str, ...], variant: Variant, masked: bool, dtypes: tuple[torch.dtype, ...]
+    rule: Rule, names: tuple[str, ...], variant: Variant, masked: bool, dtypes: tuple[torch.dtype, ...], shapes: Shapes
 ) -> tuple[Callable[..., None], list[Callable[..., list[Tensor]]]]:
-    """Compiled functions per kind of bucket, each with a cache of its own, so that none hits the recompile limit."""
+    """Compiled functions per kind of bucket and list of shapes: one function for all would hit the recompile limit."""
     sums = [_sums(rule, names, variant, number) for number in range(len(measures(rule, variant)))]
     return torch.compile(_graph(rule, names, variant), dynamic=False), [torch.compile(f, dynamic=False) for f in sums]
 
 
 def _run_graph(rule: Rule, bucket: Bucket) -> list[int]:
-    """The whole list as one graph; leaves nothing, but for what is measured in blocks, which it leaves altogether."""
-    if rule.measure is not None and rule.measure.block is not None:
+    """The whole list as one graph, or nothing of it: measured in blocks, or of too many lists of shapes."""
+    kind = rule, tuple(bucket.scalars), bucket.variant, bucket.skip is not None, bucket.dtypes
+    shapes = tuple(p.shape for p in bucket.params)
+    if (rule.measure is not None and rule.measure.block is not None) or not _has_room(kind, shapes):
         return list(range(len(bucket.params)))
     lists = (bucket.params, bucket.grads, *bucket.states)
-    call, sums = _compiled(rule, tuple(bucket.scalars), bucket.variant, bucket.skip is not None, bucket.dtypes)
+    call, sums = _compiled(*kind, shapes)
     shrink = 1.0 if bucket.shrink is None else bucket.shrink
     given = [shrink, bucket.l2 or 0.0, bucket.step, *bucket.scalars.values()]
-    numbers = torch.tensor(given, dtype=torch.float64)
+    measured = {i: value for i, value in enumerate(given) if isinstance(value, Tensor)}  # on the device, to stay there
+    numbers = torch.tensor([0.0 if i in measured else value for i, value in enumerate(given)], dtype=torch.float64)
     numbers = numbers.to(bucket.params[0].device, non_blocking=True)
+    for i, value in measured.items():
+        numbers[i].copy_(value)
     found = factors(rule, bucket, lambda number, known: sums[number](numbers, known, *lists))
     call(numbers, bucket.skip, found, bucket.firsts, *lists)
     return []

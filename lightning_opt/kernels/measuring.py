@@ -33,7 +33,8 @@ def _factors(measure: Measure, bucket: Bucket, sums: Sequence[Tensor]) -> list[T
     total = total if bucket.reduce is None else bucket.reduce(total)
     elements = [whole.numel() for whole in bucket.wholes or bucket.params]
     counts = [max(1, n // blocks) if blocks else 1 for n, blocks in zip(elements, sizes, strict=True)]
-    count = torch.tensor(counts, dtype=total.dtype).repeat_interleave(torch.tensor(sizes)).to(total.device)
+    count = torch.tensor(counts, dtype=total.dtype).repeat_interleave(torch.tensor(sizes))
+    count = count.to(total.device, non_blocking=True)
     if measure.block is None:
         return list(measure.factor(total, count, **bucket.scalars).split(sizes))
     made = []
@@ -52,7 +53,7 @@ def block_size(rule: Rule, bucket: Bucket, index: int) -> int:
     p = (bucket.wholes or bucket.params)[index]
     if rule.measure is None or rule.measure.block is None:
         return p.numel()
-    size = rule.measure.block(p, bucket.layouts[index] if bucket.layouts else {})
+    size = rule.measure.block(p, bucket.layouts[index] if bucket.layouts else {}, bucket.options)
     if p.numel() % max(1, size):
         raise ValueError(f"{rule.name}: blocks of {size} elements do not fill a weight of {tuple(p.shape)}")
     return size

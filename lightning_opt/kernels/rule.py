@@ -25,15 +25,15 @@ class Measure:
         of: ``of(p, g, *state, **scalars)``, elementwise, the summand; writes nothing.
         factor: ``factor(total, count, *state, **scalars)``: tensors with one entry per block in and out; `count` is the
             number of elements of a block. It may write the states named in `state`.
-        block: ``block(p, layout) -> elements of one block`` (a contiguous run of the weight, all equally long; `p` is
-            the whole weight, `layout` as in `Bucket.layouts`); None: the whole tensor is one block.
+        block: ``block(p, layout, group) -> elements of one block`` (a contiguous run of the weight, all equally long;
+            `p` is the whole weight, `layout` as in `Bucket.layouts`); None: the whole tensor is one block.
         state: names of states that hold one number per block, kept in float32 (float64 for float64 weights).
     """
 
     name: str
     of: Callable[..., Any]
     factor: Callable[..., Tensor]
-    block: Callable[[Tensor, Mapping[str, Any]], int] | None = None
+    block: Callable[[Tensor, Mapping[str, Any], Mapping[str, Any]], int] | None = None
     state: tuple[str, ...] = ()
 
 
@@ -170,7 +170,7 @@ class Bucket:
         params: the weights, written in place.
         grads: their gradients, only read.
         states: one list per name in `Rule.state`, aligned with `params`, written in place; `Coded` where in int8.
-        scalars: from `Rule.scalars`.
+        scalars: from `Rule.scalars`; 0-dim tensors where `Rule.together` measured them on a GPU.
         shrink: the weights are multiplied by this (decoupled and independent decay); None for no decay.
         l2: this times the weights is added to the gradients (mode ``l2``); None for none.
         options: the parameter group, which also says what the `variant` is.

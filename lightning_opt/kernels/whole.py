@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_opt.kernels.eager import write_back
+from lightning_opt.kernels.quantised import to_bfloat16
 from lightning_opt.kernels.rule import Bucket, Rule, kept, scratch, wide
 
 _AT_ONCE = 2**26  # elements of weights whose steps are worked out together: bounds what is held besides the states
@@ -49,6 +50,8 @@ def _seen(rule: Rule, part: Bucket) -> Bucket:
     """The part as the rule sees it: whole tensors, and states that it may overwrite."""
 
     def own(state: Any) -> Any:
+        if part.variant.random_states and isinstance(state, Tensor) and state.dtype == torch.bfloat16:
+            return wide(_whole(state))  # rounded by chance when it is written back
         if _is_split(state):
             return _whole(state)
         return state.clone() if part.skip is not None and isinstance(state, Tensor) else state
@@ -63,16 +66,19 @@ def _seen(rule: Rule, part: Bucket) -> Bucket:
 
 def _keep(rule: Rule, part: Bucket, seen: Bucket) -> None:
     """Writes states that the rule had copies of, and the numbers and words among them."""
-    pairs = [pair for columns in zip(part.states, seen.states, strict=True) for pair in zip(*columns, strict=True)]
+    columns = enumerate(zip(part.states, seen.states, strict=True), 1)
+    pairs = [(k, *pair) for k, column in columns for pair in zip(*column, strict=True)]
     for state, copies in zip(part.extra or [], seen.extra or [], strict=True):
-        for name in copies.keys() - set(rule.state):
+        for k, name in enumerate(sorted(copies.keys() - set(rule.state)), 1 + len(rule.state)):
             if isinstance(copies[name], Tensor) and name in state:
-                pairs.append((state[name], copies[name]))
+                pairs.append((k, state[name], copies[name]))
             else:
                 state[name] = copies[name]
-    for old, new in pairs:
+    for k, old, new in pairs:
         if new is not old:
-            _local(old).copy_(kept(_local(old), _part_of(new, old), part.skip))
+            salt = part.variant.salt(k, old.dtype, part.step)
+            rounded = new if salt is None else to_bfloat16(new, salt)  # whole, so that every rank draws the same
+            _local(old).copy_(kept(_local(old), _part_of(rounded, old), part.skip))
 
 
 def _write(part: Bucket, p: Tensor, g: Tensor, step: Tensor) -> None:

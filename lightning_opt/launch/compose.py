@@ -28,7 +28,7 @@ from lightning_opt.plan import ConfigError, tuned_records
 CONFIG_NAME = "train"
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
-# Launchers' plugins bring a schema of the name of our file, and bring it again in each process of theirs.
+# joblib's workers load the plugins, and with them those schemas, once more.
 warnings.filterwarnings("ignore", r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema", UserWarning)
 
 
@@ -55,6 +55,9 @@ class Composer:
         ConfigStore.instance().__deepcopy__ = _shared
         register_tuned(self.options_in("scale"), self.options_in("schedule"))
         self._hydra = Hydra.create_main_hydra2("train", path)
+        schemas = ConfigStore.instance().repo["hydra"]["launcher"]
+        for name in self.options_in("hydra/launcher"):  # Hydra would take a plugin's file of that name for a schema
+            schemas.pop(f"{name}.yaml", None)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -207,7 +207,10 @@ def tuned_values(cfg: DictConfig) -> dict[str, Any] | None:
     if record is None:
         return None
     kept = {key: value for key, value in record.values.items() if _plain(OmegaConf.select(cfg, key)) == value}
-    return {"source": record.source, "measured": record.measured, "values": kept} if kept else None
+    if not kept:
+        return None
+    told = {"source": record.source, "measured": record.measured, "tokens_per_step": record.tokens_per_step}
+    return {**told, "values": kept}
 
 
 def _plain(value: Any) -> Any:

@@ -22,12 +22,13 @@ counts as disagreement: harmless where gradients are noisy, a bound on the step 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 
 from lightning_opt.kernels import Rule
-from lightning_opt.optim.adamw import scalars
+from lightning_opt.optim import adamw
 from lightning_opt.optim.base import Optimizer
 
 
@@ -89,7 +90,7 @@ def update(p: Any, g: Any, m: Any, s: Any, *, rate: float, root: float, new1: fl
 RULE = Rule(
     "adabelief",
     update,
-    scalars,
+    functools.partial(adamw.scalars, second="exp_avg_var"),
     state=("exp_avg", "exp_avg_var"),
     defaults={"betas": (0.9, 0.999), "eps": 1e-16},
     traffic=28,

@@ -24,11 +24,13 @@ paper's.
 Traps: b starts at 0, so the first step divides by the first gradient alone: an element's step is bounded by the clip
 of u, not by lr. The decay of the second moment slows down for ever (b = 0.996 at step 1000): after a long run it hardly
 forgets. A weight that starts at zero moves by scale_floor times lr. With `scale_parameter` a rate is not comparable
-with AdamW's. Convolutions are factored over their last two dimensions, as torch does it.
+with AdamW's. Convolutions are factored over their last two dimensions, as torch does it. In a stack of experts every
+matrix has its own rms, of steps and of weights (torch takes one over the stack).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,6 +39,7 @@ from torch import Tensor
 
 from lightning_opt.kernels import Bucket, Rule, wide
 from lightning_opt.optim.base import Optimizer
+from lightning_opt.optim.blocks import own_dims
 
 
 class Adafactor(Optimizer):
@@ -109,20 +112,21 @@ class Adafactor(Optimizer):
 def scalars(step: Any, group: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of one step."""
     rate = min(group["lr"], step**-0.5) if group["relative_step"] else group["lr"]
-    return {"rate": rate, "new2": float(step ** -group["decay_exponent"])}
+    age = min(step.of("row"), step.of("whole_sq"))  # of the second moment, in whichever form it is
+    return {"rate": rate, "new2": float(age ** -group["decay_exponent"])}
 
 
 def initial(p: Tensor, group: Mapping[str, Any], layout: Mapping[str, Any]) -> dict[str, Tensor]:
     """Zeros: of the second moment float32 (float64 for float64 weights), of the momentum as `state_dtype` says."""
     exact = torch.promote_types(p.dtype, torch.float32)
     if p.ndim < 2:
-        state = {"exp_avg_sq": torch.zeros_like(p, dtype=exact)}
+        state = {"whole_sq": torch.zeros_like(p, dtype=exact)}
     else:
         shapes = {"row": p.shape[:-1], "column": (*p.shape[:-2], p.shape[-1])}
         state = {name: torch.zeros(shape, dtype=exact, device=p.device) for name, shape in shapes.items()}
     if group["beta1"]:
         narrow = exact if exact == torch.float64 else getattr(torch, group["state_dtype"])
-        state["exp_avg"] = torch.zeros_like(p, dtype=narrow)
+        state["step_avg"] = torch.zeros_like(p, dtype=narrow)
     return state
 
 
@@ -142,22 +146,25 @@ def _step(p: Tensor, g: Tensor, state: dict[str, Any], bucket: Bucket) -> Tensor
         column.lerp_(squared.mean(-2), new2)
         inverse = (row / row.mean(-1, keepdim=True)).rsqrt().unsqueeze(-1) * column.rsqrt().unsqueeze(-2)
     else:
-        inverse = state["exp_avg_sq"].lerp_(squared, new2).rsqrt()
+        inverse = state["whole_sq"].lerp_(squared, new2).rsqrt()
     u = inverse * g
-    factor = rate / torch.clamp(_rms(u) / group["clip_threshold"], min=1.0)
+    factor = rate / torch.clamp(_rms(u, group.get("role")) / group["clip_threshold"], min=1.0)
     if group["scale_parameter"]:
-        factor = factor * torch.clamp(_rms(p), min=group["scale_floor"])
+        factor = factor * torch.clamp(_rms(p, group.get("role")), min=group["scale_floor"])
     u = u * factor
-    if "exp_avg" not in state:
+    if "step_avg" not in state:
         return u
-    m = wide(state["exp_avg"]).lerp_(u, 1 - group["beta1"])
-    state["exp_avg"].copy_(m)
-    return m.clone() if m is state["exp_avg"] else m
+    m = wide(state["step_avg"]).lerp_(u, 1 - group["beta1"])
+    state["step_avg"].copy_(m)
+    return m.clone() if m is state["step_avg"] else m
 
 
-def _rms(x: Any) -> Tensor:
-    norm = torch.linalg.vector_norm(x)
-    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm) / max(1, x.numel()) ** 0.5
+def _rms(x: Any, role: object) -> Tensor:
+    """Root mean square, of each matrix of a stack its own."""
+    dims = own_dims(x, role)
+    norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True)
+    count = math.prod(x.shape[dim] for dim in dims)
+    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm) / max(1, count) ** 0.5
 
 
 RULE = Rule(

@@ -28,6 +28,7 @@ instead of per output, and their heads none of their own. int8 is refused; the m
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,6 +37,7 @@ from torch import Tensor
 from lightning_opt.kernels import Measure, Rule
 from lightning_opt.optim import adamw
 from lightning_opt.optim.base import Optimizer
+from lightning_opt.optim.blocks import is_stack
 
 
 class AdamMini(Optimizer):
@@ -91,14 +93,14 @@ class AdamMini(Optimizer):
         )
 
 
-def block(p: Tensor, layout: Mapping[str, Any]) -> int:
+def block(p: Tensor, layout: Mapping[str, Any], group: Mapping[str, Any]) -> int:
     """Elements of one block."""
     if p.ndim < 2:
         return p.numel()
     heads = None if layout.get("inputs_first") else layout.get("heads")
     if heads and p.shape[0] % heads == 0:
         return p.numel() // heads
-    return p.shape[-1] if p.ndim == 3 else p.numel() // max(1, p.shape[0])
+    return p.shape[-1] if is_stack(p, group.get("role")) else p.numel() // max(1, p.shape[0])
 
 
 def squared(p: Any, g: Any, m: Any, **_: float) -> Any:
@@ -123,7 +125,7 @@ def update(
 RULE = Rule(
     "adam_mini",
     update,
-    adamw.scalars,
+    functools.partial(adamw.scalars, second="block_sq"),
     state=("exp_avg",),
     defaults={"betas": (0.9, 0.999), "eps": 1e-8},
     traffic=24,

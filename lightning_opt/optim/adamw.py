@@ -86,12 +86,14 @@ class AdamW(Optimizer):
         )
 
 
-def scalars(step: Step, group: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of one step."""
+def scalars(
+    step: Step, group: Mapping[str, Any], first: str = "exp_avg", second: str = "exp_avg_sq"
+) -> dict[str, float]:
+    """The numbers of one step; `first` and `second` are the states that hold the moments."""
     beta1, beta2 = group["betas"]
     return {
-        "rate": group["lr"] / (1 - beta1 ** step.of("exp_avg")),
-        "root": math.sqrt(1 - beta2 ** step.of("exp_avg_sq")),
+        "rate": group["lr"] / (1 - beta1 ** step.of(first)),
+        "root": math.sqrt(1 - beta2 ** step.of(second)),
         "new1": 1 - beta1,
         "new2": 1 - beta2,
         "eps": group["eps"],

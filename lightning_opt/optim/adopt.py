@@ -92,7 +92,7 @@ class Adopt(Optimizer):
 
 def scalars(step: Any, group: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of one step; where the second moment is new only that is written, with weight 1."""
-    (beta1, beta2), before = group["betas"], step.of("exp_avg_sq") - 1
+    (beta1, beta2), before = group["betas"], step.of("seeded_sq") - 1
     if not before:
         return {"lr": 0.0, "new1": 0.0, "new2": 1.0, "eps": group["eps"], "clip": 0.0}
     clip = math.inf if group["clip_exponent"] is None else before ** group["clip_exponent"]
@@ -111,8 +111,8 @@ RULE = Rule(
     "adopt",
     update,
     scalars,
-    state=("normed_avg", "exp_avg_sq"),
+    state=("normed_avg", "seeded_sq"),
     defaults={"betas": (0.9, 0.9999), "eps": 1e-6, "clip_exponent": 0.25},
     traffic=28,
-    wide_state=("exp_avg_sq",),
+    wide_state=("seeded_sq",),
 )

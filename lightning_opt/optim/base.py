@@ -13,7 +13,16 @@ from lightning_opt.kernels import Bucket, Choice, Later, Rule, Variant
 from lightning_opt.optim.buckets import Row, filled_bucket, layout_of, since
 from lightning_opt.optim.catalogue import find_rule, rule_of
 from lightning_opt.optim.clipping import Clipping
-from lightning_opt.optim.groups import ALLOWED, BOOKKEEPING, COMMON, at_rate, checked, decay, refuse_unknown
+from lightning_opt.optim.groups import (
+    ALLOWED,
+    BOOKKEEPING,
+    COMMON,
+    at_rate,
+    checked,
+    decay,
+    refuse_unknown,
+    warms_by_fraction,
+)
 from lightning_opt.optim.saved import fitted, with_values_of
 from lightning_opt.optim.storage import (
     bytes_held,
@@ -41,16 +50,21 @@ class Optimizer(torch.optim.Optimizer):
 
     ``cautious`` leaves out every step that points against its gradient and scales the others up by what is missing,
     tensor by tensor (Liang et al. 2024, arXiv 2411.16085, and its repository's scale: 1 / mean of the mask, at most
-    1000). ``cautious_weight_decay`` decays only weights that the step moves towards zero too (Chen et al. 2025,
-    arXiv 2510.12402).
+    1000). A stack of experts counts as one tensor. An element whose gradient is zero counts as disagreeing: it stays,
+    and the others grow for it, so rare rows of an embedding take long steps. ``cautious_weight_decay`` decays only
+    weights that the step moves towards zero too (Chen et al. 2025, arXiv 2510.12402); not in mode ``l2``.
 
-    Updates of bfloat16 weights are computed in float32 and rounded to nearest when written. A weight that is changed
-    by less than half a bfloat16 step (0.2 to 0.4 % of its size) therefore does not move at all, in any number of
-    updates: at lr 1e-4 most weights of a language model stay where they are. The first step logs a warning where lr is
-    that small; weights kept in float32 (precision bf16-mixed) do not suffer from it.
+    Updates of bfloat16 weights are computed in float32 and written as `weight_rounding` says. To ``nearest``, a weight
+    that is changed by less than half a bfloat16 step (0.2 to 0.4 % of its size) does not move at all, in any number of
+    updates: at lr 1e-4 most weights of a language model stay where they are, and the first step logs a warning.
+    ``stochastic`` rounds by chance, right on average; ``master`` keeps and updates a float32 copy (4 bytes per weight,
+    for float16 too). Weights kept in float32 (precision bf16-mixed) need neither.
 
     State is made at a parameter's first gradient, in `state_dtype`, but for what a rule must keep in float32
-    (`Rule.wide_state`: AdamW's second moment); all of it is float64 for float64 weights. `step` is a Python int.
+    (`Rule.wide_state`: AdamW's second moment); all of it is float64 for float64 weights. ``int8`` holds a byte per
+    element, a code, and a float32 scale per block, of the states in `Rule.codes`, in weights of at least 4096 elements
+    that are no embeddings. `state_rounding` is how bfloat16 and int8 states are written, ``nearest`` or ``stochastic``
+    (unsigned codes always by chance). `step` is a Python int.
     Parameters without gradient are left alone. `max_grad_norm` is applied by `clip_`, and by `step` unless these very
     gradients were clipped before and not changed since.
 
@@ -81,6 +95,7 @@ class Optimizer(torch.optim.Optimizer):
     def _set_up(self) -> None:
         """Attributes that are no part of torch's optimizer; kept where they exist (torch calls __setstate__ often)."""
         self.__dict__.setdefault("_before_update", [])
+        self.__dict__.setdefault("_told", [])  # hooks that are told of an update and look at nothing
         self.__dict__.setdefault("_clipping", Clipping())
         self.__dict__.setdefault("_signals", {})
         self.__dict__.setdefault("_elements", {})  # rule -> number of its weights
@@ -119,6 +134,10 @@ class Optimizer(torch.optim.Optimizer):
                 f"{spec.name} takes matrices, and a parameter has shape {tuple(small[0].shape)}: hand it the hidden "
                 "matrices only and the rest to another group, or let optim.build(model, config) route them by role"
             )
+        halves = any(isinstance(p, Tensor) and p.dtype == torch.float16 for p in plain)
+        if halves and group["weight_rounding"] == "stochastic":
+            why = "nearest or master: float16 weights are not rounded by chance"
+            raise ConfigError(f"{spec.name}.weight_rounding", "stochastic", why)
         group.setdefault("initial_lr", group["lr"])
         super().add_param_group({**group})
         for key in set(self.param_groups[-1]) - set(group) - ALLOWED:
@@ -138,8 +157,7 @@ class Optimizer(torch.optim.Optimizer):
             RuntimeError: for sparse gradients, or while averaged weights are in place (`eval`).
             ConfigError: a rule lacks a signal it needs.
         """
-        if self._trained is not None:
-            raise RuntimeError("the averaged weights are in place: call the optimizer's train() before its next step")
+        self._refuse_while_swapped()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -150,7 +168,7 @@ class Optimizer(torch.optim.Optimizer):
         self._clipping.forget()
         self._settle()
         self._skip = False
-        for hook in list(self._before_update):
+        for hook in [*self._before_update, *self._told]:
             hook(self)
         if not self._stepped:
             self._stepped = True
@@ -168,7 +186,11 @@ class Optimizer(torch.optim.Optimizer):
         Args:
             group: one of `param_groups` with fewer `params`.
             norm: of their gradients before clipping; `clip_` adds them up.
+
+        Raises:
+            RuntimeError: while averaged weights are in place (`eval`).
         """
+        self._refuse_while_swapped()
         self._skip = False
         self._clipping.add(group["role"], norm)
         self._update([group])
@@ -177,7 +199,8 @@ class Optimizer(torch.optim.Optimizer):
         """Every rule's update, with the gradients as they are now."""
         counted: list[dict[str, Any]] = []
         work: dict[Rule, list[tuple[Bucket, dict[str, Any]]]] = {}
-        for group in map(at_rate, self.param_groups if groups is None else groups):
+        for given in self.param_groups if groups is None else groups:
+            group = at_rate(given, self._signals.get("run_length", 0))
             rule = rule_of(group)
             work.setdefault(rule, []).extend((bucket, group) for bucket in self._buckets(rule, group, counted))
         for rule, rows in work.items():
@@ -242,21 +265,40 @@ class Optimizer(torch.optim.Optimizer):
             state |= fresh_state(rule, group, p, layout)
         return state
 
-    def register_before_update_hook(self, hook: Hook) -> Callable[[], None]:
+    def register_before_update_hook(self, hook: Hook, *, watches: bool = True) -> Callable[[], None]:
         """Calls ``hook(optimizer)`` in every step after the closure and before a weight changes.
+
+        Args:
+            hook: called with the optimizer.
+            watches: it looks at gradients or may skip the step. False: it takes a time, or the like; it is called
+                behind those that do, and may be had where weights are updated in the backward pass.
 
         Returns:
             a function that takes the hook off again.
         """
-        self._before_update.append(hook)
-        return lambda: self._before_update.remove(hook)
+        hooks = self._before_update if watches else self._told
+        hooks.append(hook)
+        return lambda: hooks.remove(hook)
 
     # -- signals ----------------------------------------------------------------------------------------------------
 
     @property
     def needs(self) -> frozenset[str]:
         """Names of the signals that this optimizer's rules cannot work without."""
-        return frozenset().union(*(find_rule(group["rule"]).needs for group in self.param_groups))
+        length = frozenset({"run_length"} if any(map(warms_by_fraction, self.param_groups)) else ())
+        return length.union(*(find_rule(group["rule"]).needs for group in self.param_groups))
+
+    def rates(self, step: int) -> dict[str, float]:
+        """By role, the rate that a step goes by: the schedule's, its phase's, and a rule's own warm-up.
+
+        Args:
+            step: of the run, from 1.
+        """
+        found = {}
+        for group in (at_rate(group, self._signals.get("run_length", 0)) for group in self.param_groups):
+            warmup = group.get("warmup_steps", 0)
+            found[group["role"]] = group["lr"] * (min(1.0, step / warmup) if warmup else 1.0)
+        return found
 
     @torch.no_grad()
     def observe(self, **signals: Any) -> None:
@@ -290,7 +332,7 @@ class Optimizer(torch.optim.Optimizer):
 
     @property
     def averages(self) -> bool:
-        """Whether the weights to use are others than those that are trained."""
+        """Whether the weights to use are others than those that are trained, now or in a phase to come."""
         return any(rule_of(group).averaged is not None for group in self.param_groups)
 
     @property
@@ -298,18 +340,22 @@ class Optimizer(torch.optim.Optimizer):
         """Whether averaged weights are in place of the trained ones."""
         return self._trained is not None
 
+    def _refuse_while_swapped(self) -> None:
+        if self._trained is not None:
+            raise RuntimeError("the averaged weights are in place: call the optimizer's train() before its next step")
+
     @torch.no_grad()
     def eval(self) -> None:
         """Puts the weights to validate, export or score in place of the trained ones, which are kept meanwhile.
 
         For rules that average their iterates (schedule-free); nothing for others, or where they are in place already.
         """
-        if self._trained is not None or not self.averages:
+        averaging = [(rule_of(group), group) for group in self.param_groups if rule_of(group).averaged is not None]
+        if self._trained is not None or not averaging:
             return
         self._trained = {}
-        for group in self.param_groups:
-            rule = rule_of(group)
-            for p in group["params"] if rule.averaged is not None else ():
+        for rule, group in averaging:
+            for p in group["params"]:
                 if state := self.state.get(p):
                     self._trained[p] = p.detach().clone()
                     p.copy_(rule.averaged(p, state, group))
@@ -428,6 +474,9 @@ class Optimizer(torch.optim.Optimizer):
         """A saved state under the hyperparameters of this optimizer, for `load_state_dict`; None if it fits no state.
 
         `load_state_dict` alone goes on with the hyperparameters that were saved.
+
+        Raises:
+            ConfigError: for a value that needs other states than were saved.
         """
         return with_values_of(self.param_groups, state_dict)
 
@@ -444,11 +493,10 @@ class Optimizer(torch.optim.Optimizer):
         self._uncertain = self._trained = None
         state_dict = fitted(state_dict, self.param_groups)
         saved_ids = [group["params"] for group in state_dict["param_groups"]]
-        super().load_state_dict(state_dict)
+        super().load_state_dict({**state_dict, "state": {}})  # torch would cast each state to the weight's dtype
         for group, ids in zip(self.param_groups, saved_ids, strict=True):
             rule = rule_of(group)
             for index, p in zip(ids, group["params"], strict=True):
-                # torch casts state to the parameter's dtype, which would round float32 states and break codes
                 if saved := state_dict["state"].get(index):
                     self.state[p] = restored(rule, group, p, saved)
 

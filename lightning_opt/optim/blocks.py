@@ -107,9 +107,17 @@ def grid_of(
     return Grid(tuple(regions), tuple(factored))
 
 
-def is_stack(p: Tensor, group: Mapping[str, object]) -> bool:
-    """Whether a weight is a stack of matrices (experts): three dimensions, unless its role says matrix (Conv1d)."""
-    return p.ndim == 3 and group.get("role") != "matrix"
+def is_stack(p: Tensor, role: object) -> bool:
+    """Whether a weight is a stack of matrices, each for itself, and no convolution (out, in, ...), which is one matrix.
+
+    A weight of three dimensions is one unless its role is ``matrix`` (Conv1d); one of more only if it is ``expert``.
+    """
+    return p.ndim > 2 and (role == "expert" or (p.ndim == 3 and role != "matrix"))
+
+
+def own_dims(x: Tensor, role: object) -> tuple[int, ...]:
+    """The dimensions of one matrix of a stack, or all, for sums over what is one weight by its sense."""
+    return tuple(range(1 if is_stack(x, role) else 0, x.ndim))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -49,8 +50,8 @@ class Row:
     def kind(self) -> tuple[Any, ...]:
         """What rows of one bucket have in common, beside the step."""
         ages = tuple(sorted(since(self.state).items()))
-        mesh = None if self.shard is None else self.shard.device_mesh
-        return (ages, mesh, self.tensors[0].device, self.weight.dtype, *[t.dtype for t in self.tensors])
+        spread = None if self.shard is None else (self.shard.device_mesh, tuple(self.shard.placements))
+        return (ages, spread, self.tensors[0].device, self.weight.dtype, *[t.dtype for t in self.tensors])
 
 
 def since(state: Mapping[str, Any]) -> dict[str, int]:
@@ -97,20 +98,23 @@ def filled_bucket(
         block_states=blocks,
         reduce=_summed_over(rows[0].shard) if sharded else None,
         wholes=[row.shard for row in rows] if sharded else None,
-        firsts=[_first(row.shard) for row in rows] if sharded else None,
+        firsts=[_first(p.shape, p.device_mesh, tuple(p.placements)) for p in (row.shard for row in rows)]
+        if sharded
+        else None,
         extra=[row.state for row in rows],
         narrow=[row.weight for row in rows] if "master" in rows[0].state else None,
     )
 
 
-def _first(shard: Any) -> int:
+@functools.lru_cache(maxsize=4096)  # the same in every step, and slow to work out
+def _first(shape: torch.Size, mesh: Any, placements: tuple[Any, ...]) -> int:
     """Where in the flat whole weight this rank's shard begins; -1 where it is no run of neighbours."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    if any(placement.is_shard() and placement.dim != 0 for placement in shard.placements):
+    if any(placement.is_shard() and placement.dim != 0 for placement in placements):
         return -1
-    _, offset = compute_local_shape_and_global_offset(shard.shape, shard.device_mesh, shard.placements)
-    return offset[0] * shard.shape[1:].numel() if offset else 0
+    _, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
+    return offset[0] * shape[1:].numel() if offset else 0
 
 
 def _summed_over(shard: Any) -> Callable[[Tensor], Tensor]:

@@ -44,7 +44,7 @@ class CautiousAdamW(Optimizer):
         weight_decay_mode: ``decoupled``, ``independent`` or ``l2`` (see `Optimizer`).
         cautious: False makes it plain AdamW.
         cautious_weight_decay: see `Optimizer`.
-        state_dtype: of the first moment, ``float32`` or ``bfloat16``.
+        state_dtype: ``float32``, ``bfloat16`` (the first moment) or ``int8`` (both moments), as for `AdamW`.
         implementation: ``auto``, ``eager``, ``foreach`` or ``compiled``.
 
     Raises:

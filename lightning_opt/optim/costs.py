@@ -103,8 +103,9 @@ class _Counter(TorchDispatchMode):
 
 def _operations(func: Any, args: Any, kwargs: Any, result: Any) -> float:
     name = func._schema.name.removeprefix("aten::").removeprefix("_foreach_").removesuffix("_")
-    if func._overloadpacket in flop_registry:
-        return flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
+    product = flop_registry.get(getattr(torch.ops.aten, name, None))
+    if product is not None:  # in place and out= are packets of their own: the registry has none of them
+        return product(*args, **{key: value for key, value in kwargs.items() if key != "out"}, out_val=result)
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     if name in _FACTORISATIONS:
         *batch, m, n = tensors[0].shape

@@ -9,6 +9,7 @@ from lightning_opt import kernels
 from lightning_opt.anatomy import LAYOUT
 from lightning_opt.kernels import Rule
 from lightning_opt.optim.saved import plain
+from lightning_opt.optim.schedules import steps_of
 from lightning_opt.plan import ConfigError, check_value, one_of
 from lightning_opt.plan.values import show
 
@@ -59,6 +60,9 @@ def checked(spec: Rule, group: Mapping[str, Any]) -> dict[str, Any]:
         if found[key] != value:
             why = f"{spec.name} writes its weights itself: {show(value)} is all it can do"
             raise ConfigError(f"{spec.name}.{key}", found[key], why)
+    if found["cautious_weight_decay"] and found["weight_decay_mode"] == "l2":
+        why = "false, or weight_decay_mode decoupled or independent: l2 decays through the gradient"
+        raise ConfigError(f"{spec.name}.cautious_weight_decay", True, why)
     if found["state_dtype"] == "int8" and not (form := spec if spec.form is None else spec.form(found)).codes:
         raise ConfigError(f"{spec.name}.state_dtype", "int8", f"{form.name} has float32 and bfloat16")
     asked, possible = found["implementation"], kernels.possible(spec)
@@ -67,8 +71,15 @@ def checked(spec: Rule, group: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def at_rate(group: dict[str, Any]) -> dict[str, Any]:
-    """The group with the rate that it steps by: the schedule's times its phase's."""
+def warms_by_fraction(group: Mapping[str, Any]) -> bool:
+    """Whether a rule's own warm-up (`warmup_steps`) is a fraction of the run, whose length must be told then."""
+    return 0 < group.get("warmup_steps", 0) < 1
+
+
+def at_rate(group: dict[str, Any], run_length: int = 0) -> dict[str, Any]:
+    """The group with the rate that it steps by, the schedule's times its phase's, and its own warm-up in steps."""
+    if warms_by_fraction(group):
+        group = {**group, "warmup_steps": steps_of(group["warmup_steps"], run_length)}
     factor = group["lr_factor"]
     if factor == 1:
         return group

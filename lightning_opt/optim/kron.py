@@ -60,6 +60,7 @@ from lightning_opt.optim.blocks import (
     fresh_factors,
     grid_of,
     is_stack,
+    own_dims,
     stacks,
     unfolded,
 )
@@ -181,7 +182,7 @@ def fits(steps: int, group: Mapping[str, Any]) -> int:
 
 def grid(p: Tensor, group: Mapping[str, Any]) -> Grid:
     """How a weight is seen and cut, and which dimensions have triangular factors."""
-    view, stacked = list(p.shape) or [1], is_stack(p, group)
+    view, stacked = list(p.shape) or [1], is_stack(p, group.get("role"))
     if len(view) > 2 and group["merge_dims"] and not stacked:
         splits = [(math.prod(view[:dim]), math.prod(view[dim:])) for dim in (len(view) - 1, 1)]
         view = list(min(splits, key=lambda pair: abs(pair[0] - pair[1])))
@@ -307,7 +308,7 @@ def _drawn(stack: Stack, bucket: Bucket, like: Tensor) -> Tensor:
 def _normalised(g: Tensor, options: Mapping[str, Any]) -> Tensor:
     """A gradient divided by its norm, each matrix of a stack by its own."""
     g = wide(g)
-    return g / (torch.linalg.vector_norm(g, dim=_dims(g, options), keepdim=True) + 1e-16)
+    return g / (torch.linalg.vector_norm(g, dim=own_dims(g, options.get("role")), keepdim=True) + 1e-16)
 
 
 def _limited(step: Tensor, options: Mapping[str, Any]) -> Tensor:
@@ -315,12 +316,8 @@ def _limited(step: Tensor, options: Mapping[str, Any]) -> Tensor:
     most = options["max_update_rms"]
     if most is None or step.numel() == 0:
         return step
-    rms = step.square().mean(dim=_dims(step, options), keepdim=True).sqrt()
+    rms = step.square().mean(dim=own_dims(step, options.get("role")), keepdim=True).sqrt()
     return step * (most / (rms + 1e-12)).clamp(max=1.0)
-
-
-def _dims(x: Tensor, options: Mapping[str, Any]) -> tuple[int, ...]:
-    return tuple(range(1 if is_stack(x, options) else 0, x.ndim))
 
 
 RULE = Rule(

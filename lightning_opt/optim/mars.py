@@ -29,7 +29,6 @@ per weight, half more than AdamW's.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -51,8 +50,8 @@ class Mars(Optimizer):
         betas: decay of the first and second moment.
         eps: added to the root of the second moment.
         gamma: strength of the correction; 0 leaves AdamW on clipped gradients.
-        clip: what the norm of the corrected gradient is taken over: ``tensor``, ``global`` (all that MARS updates; on a
-            GPU the host waits for it) or ``none``.
+        clip: what the norm of the corrected gradient is taken over: ``tensor`` (a stack of
+            experts is one), ``global`` (all that MARS updates) or ``none``.
         clip_norm: the corrected gradient is scaled down to this norm.
         weight_decay: typical 0.1 for language models.
         max_grad_norm: the gradient itself is clipped to this norm before the correction; None = no clipping.
@@ -108,7 +107,8 @@ def scalars(step: Any, group: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of one step; `scale` is measured, by tensor or together."""
     beta1 = group["betas"][0]
     gain = group["gamma"] * beta1 / (1 - beta1)
-    return {**adamw.scalars(step, group), "gain": gain, "limit": group["clip_norm"], "scale": 1.0}
+    numbers = adamw.scalars(step, group, "corrected_avg", "corrected_avg_sq")
+    return {**numbers, "gain": gain, "limit": group["clip_norm"], "scale": 1.0}
 
 
 def corrected(g: Any, last: Any, gain: float) -> Any:
@@ -156,10 +156,15 @@ def clip_together(buckets: list[Bucket]) -> None:
         pairs = zip(bucket.grads, bucket.states[2], strict=True)
         norms = [torch.linalg.vector_norm(corrected(wide(g), wide(d), bucket.scalars["gain"])) for g, d in pairs]
         total = torch.stack(norms).square().sum()
-        totals.append((total if bucket.reduce is None else bucket.reduce(total)).item())
-    norm = math.sqrt(math.fsum(totals)) if all(map(math.isfinite, totals)) else 0.0
+        totals.append(total if bucket.reduce is None else bucket.reduce(total))
+    if not asked:
+        return
+    norm = torch.stack([total.to(totals[0].device, non_blocking=True) for total in totals]).sum().sqrt()
     for bucket in asked:
-        bucket.scalars["scale"] = min(1.0, bucket.scalars["limit"] / norm) if norm else 1.0
+        scale = torch.where((norm > 0) & norm.isfinite(), (bucket.scalars["limit"] / norm).clamp(max=1.0), 1.0)
+        p = wide(bucket.params[0])
+        scale = scale.to(p.device, p.dtype, non_blocking=True)
+        bucket.scalars["scale"] = scale.item() if scale.device.type == "cpu" else scale
 
 
 def form(group: Mapping[str, Any]) -> Rule:
@@ -171,10 +176,10 @@ RULE = Rule(
     "mars",
     update,
     scalars,
-    state=("exp_avg", "exp_avg_sq", "last_grad"),
+    state=("corrected_avg", "corrected_avg_sq", "last_grad"),
     defaults={"betas": (0.95, 0.99), "eps": 1e-8, "gamma": 0.025, "clip": "tensor", "clip_norm": 1.0},
     traffic=44,
-    wide_state=("exp_avg_sq",),
+    wide_state=("corrected_avg_sq",),
     measure=Measure("scale", squared, scale_of),
     form=form,
 )

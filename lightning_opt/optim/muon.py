@@ -40,6 +40,7 @@ from torch import Tensor
 
 from lightning_opt.kernels import Bucket, Rule, wide
 from lightning_opt.optim.base import Optimizer
+from lightning_opt.optim.blocks import own_dims
 from lightning_opt.optim.orthogonal import orthogonalized, scale, split
 
 
@@ -166,13 +167,13 @@ def orthogonal_steps(bucket: Bucket, directions: list[Tensor], kind: str, finish
             torch.mul(finish(i, k, result.to(place.dtype), factor), bucket.scalars["lr"], out=place)
     if kind == "weight_rms":
         for step, p in zip(steps, bucket.params, strict=True):
-            step.mul_(_rms(p).clamp(min=1e-3))
+            step.mul_(_rms(p, options.get("role")).clamp(min=1e-3))
     return steps
 
 
-def _rms(p: Tensor) -> Tensor:
-    """Root mean square of a weight, also of one that is split over ranks."""
-    square = wide(p).square().mean()
+def _rms(p: Tensor, role: object) -> Tensor:
+    """Root mean square of a weight, also of one that is split over ranks; of each matrix of a stack its own."""
+    square = wide(p).square().mean(own_dims(p, role), keepdim=True)
     return (square.full_tensor() if hasattr(square, "full_tensor") else square).sqrt()
 
 

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from lightning_opt.kernels import fast_bfloat16
+from lightning_opt.optim.blocks import is_stack
 
 Triple = tuple[float, float, float]
 
@@ -166,8 +167,7 @@ def split(tensor: Tensor, layout: Mapping[str, Any], role: str, *, fused: bool, 
     """The matrices of a weight, outputs as rows: views of it if it is contiguous.
 
     A convolution's (out, in, ...) is one matrix (out, rest); any other weight of more than two dimensions is a stack of
-    matrices (experts), each for itself. A 3-D weight is taken for a stack unless the model says that it is none (role
-    ``matrix``).
+    matrices (experts), each for itself (`blocks.is_stack`).
 
     Args:
         tensor: the weight, or anything of its shape.
@@ -179,8 +179,7 @@ def split(tensor: Tensor, layout: Mapping[str, Any], role: str, *, fused: bool, 
     Returns:
         tensors (..., rows, columns).
     """
-    convolution = role != "expert" and (tensor.ndim > 3 or (tensor.ndim == 3 and role == "matrix"))
-    matrix = tensor.flatten(1) if convolution else tensor
+    matrix = tensor if tensor.ndim < 3 or is_stack(tensor, role) else tensor.flatten(1)
     if layout.get("inputs_first"):
         matrix = matrix.mT
     count = layout.get("heads") or layout.get("value_heads") if heads else None

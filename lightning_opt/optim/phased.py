@@ -29,9 +29,8 @@ SGD.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
@@ -40,34 +39,13 @@ from lightning_opt import kernels
 from lightning_opt.optim.base import Optimizer
 from lightning_opt.optim.buckets import Row, filled_bucket, layout_of
 from lightning_opt.optim.catalogue import find_rule, rule_of
-from lightning_opt.optim.groups import COMMON, at_rate, checked, decay
+from lightning_opt.optim.groups import COMMON, at_rate, checked, decay, warms_by_fraction
+from lightning_opt.optim.phase_plan import check_order, read_phases
 from lightning_opt.optim.schedules import steps_of
 from lightning_opt.optim.storage import fresh_state, restored
-from lightning_opt.plan import ConfigError, check_value, one_of
+from lightning_opt.plan import ConfigError, check_value
 
 log = logging.getLogger("lightning_opt.optim")
-
-_PLACE = ("rule", "until", "lr", "lr_scale")
-_FIXED = ("lr", "state_dtype")  # of the whole run: rates are factors, and states go on
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A stretch of the run under one rule.
-
-    Attributes:
-        name: the user's.
-        rule: name of its rule.
-        until: optimizer steps (>= 1) or fraction of the run (< 1) where it ends; None: the end, or when told.
-        factor: of the rate.
-        values: hyperparameters that it gives.
-    """
-
-    name: str
-    rule: str
-    until: int | float | None
-    factor: float
-    values: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -179,7 +157,14 @@ class Phased(Optimizer):
         """Signals of every phase's rules; ``run_length`` where anything is a fraction of the run."""
         found = super().needs.union(*(find_rule(phase.rule).needs for phase in self._phases.values()))
         lengths = [self._warm, self._ramp, *(phase.until for phase in self._phases.values())]
-        return found | {"run_length"} if any(length and length < 1 for length in lengths) else found
+        warming = any(warms_by_fraction(values) for by_phase in self._by_phase for values in by_phase.values())
+        return found | {"run_length"} if warming or any(length and length < 1 for length in lengths) else found
+
+    @property
+    def averages(self) -> bool:
+        """Whether a rule of any phase averages the weights."""
+        rules = [rule_of(values) for by_phase in self._by_phase for values in by_phase.values()]
+        return super().averages or any(rule.averaged is not None for rule in rules)
 
     def observe(self, **signals: Any) -> None:
         """As `Optimizer.observe`; with the length of the run all phases have their places."""
@@ -241,11 +226,12 @@ class Phased(Optimizer):
 
     # -- the seam ---------------------------------------------------------------------------------------------------
 
-    def _update(self) -> None:
+    def _update(self, groups: list[dict[str, Any]] | None = None) -> None:
+        assert groups is None, "refused by `optim.releasing`"
         for group, by_phase in zip(self.param_groups, self._by_phase, strict=True):
             if self._coming is not None and by_phase:
                 self._fill({**group, **by_phase[self._coming], "cautious": False})
-        super()._update()
+        super()._update(groups)
 
     def _fill(self, group: dict[str, Any]) -> None:
         """Lets the coming rule run along on copies, one parameter at a time; only its own states stay."""
@@ -263,13 +249,15 @@ class Phased(Optimizer):
                 continue  # a state that means something else to the rule of now
             _add_missing(state, fresh)
             if not (ahead := state.get("ahead")):
-                return  # both rules have the same states
+                continue  # the rule of now has them all
             copies = {name: value if name in ahead else _copy(value) for name, value in state.items()}
             del copies["ahead"]
             row = Row.of(rule, p.detach().clone(), p.grad, copies, layout)
             step = state["step"] + 1
             skip = self._skip.to(p.device) if isinstance(self._skip, Tensor) else None
             bucket = filled_bucket(rule, [row], step, view, shrink=None, l2=l2, skip=skip)
+            if rule.together is not None:
+                rule.together([bucket])
             kernels.run("foreach" if rule.elementwise else "whole", rule, bucket)
             state.update({name: copies[name] for name in ahead})
 
@@ -347,68 +335,6 @@ class Phased(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_on_switch", [])
-
-
-def read_phases(
-    phases: Mapping[str, Mapping[str, Any] | None], top: Mapping[str, Any], *, ends: bool = True
-) -> list[Phase]:
-    """Checks a map of phases; entries that are None are left out.
-
-    Args:
-        phases: name to settings.
-        top: hyperparameters that hold for all.
-        ends: all but the last say `until`; False: none does.
-
-    Raises:
-        ConfigError: names the field.
-    """
-    entries = {name: entry for name, entry in phases.items() if entry is not None}
-    for name, entry in entries.items():
-        if not isinstance(entry, Mapping) or not entry.get("rule"):
-            raise ConfigError(f"optimizer.phases.{name}", entry, "must name its rule, for example {rule: lion}")
-    if not entries:
-        raise ConfigError("optimizer.phases", phases, "must have a phase, for example {start: {rule: lion}}")
-    rules = {name: find_rule(e["rule"], field=f"optimizer.phases.{name}.rule") for name, e in entries.items()}
-    common = {*COMMON, "clip_group", *(key for rule in rules.values() for key in rule.defaults)}
-    for key, value in top.items():
-        if key not in common:
-            raise ConfigError(f"optimizer.{key}", value, one_of(key, sorted(common)))
-    last = list(entries)[-1]
-    found = []
-    for name, entry in entries.items():
-        known = {*COMMON, "clip_group", *rules[name].defaults} - set(_FIXED) | set(_PLACE)
-        values = {}
-        for key, value in entry.items():
-            field = f"optimizer.phases.{name}.{key}"
-            if key not in known:
-                raise ConfigError(field, value, one_of(key, sorted(known)))
-            if key not in ("rule", "clip_group"):
-                key_rule = key if key in _PLACE else f"{entry['rule']}.{key}"
-                value = check_value(key_rule, value, field=field)
-            values[key] = value
-        until = values.get("until")
-        if (until is None) != (not ends or name == last):
-            what = "must say where the phase ends" if ends and name != last else "must be null: this phase has no end"
-            raise ConfigError(f"optimizer.phases.{name}.until", until, what)
-        factor = values.get("lr", top["lr"]) / top["lr"] * values.get("lr_scale", 1.0)
-        values = {key: value for key, value in values.items() if key not in _PLACE}
-        found.append(Phase(name, rules[name].name, until, factor, values))
-    for kind in (int, float):  # those of one kind can be compared before the length of the run is known
-        same = [phase for phase in found if type(phase.until) is kind]
-        check_order(same, [phase.until for phase in same])
-    return found
-
-
-def check_order(phases: Any, ends: Sequence[float | None]) -> None:
-    """Refuses a phase that ends before it begins.
-
-    Raises:
-        ConfigError: names it.
-    """
-    for (before, end), (phase, later) in pairwise(zip(phases, ends, strict=True)):
-        if later is not None and end is not None and later <= end:
-            what = f"must be later than {end:g}, where {before.name} ends"
-            raise ConfigError(f"optimizer.phases.{phase.name}.until", phase.until, what)
 
 
 def _copy(value: Any) -> Any:

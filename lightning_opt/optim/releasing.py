@@ -3,7 +3,7 @@
 At no time do all gradients exist: 4 bytes per float32 weight less, but for the largest tensor. The update is the same,
 bit for bit, as that of a step after the backward pass; what needs all gradients at once cannot be had, and is refused:
 a clip by a joint norm, accumulation, a guard that looks before the step, rules that work on many matrices at once, an
-optimizer that switches rules by its signals, gradients summed over ranks.
+optimizer of several phases, gradients summed over ranks.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_opt.anatomy import LAYOUT
 from lightning_opt.optim.base import Optimizer
 from lightning_opt.optim.catalogue import rule_of
+from lightning_opt.optim.phased import Phased
 from lightning_opt.plan import ConfigError
 
 _FIELD = "update_in_backward"
@@ -41,7 +42,7 @@ class Release:
             for number, group in enumerate(optimizer.param_groups)
             for index, p in enumerate(group["params"])
         ]
-        self._taken_off = optimizer.register_before_update_hook(self._end)
+        self._taken_off = optimizer.register_before_update_hook(self._end, watches=False)
 
     def remove(self) -> None:
         """From now on the optimizer updates in `step` again."""
@@ -51,6 +52,8 @@ class Release:
 
     @torch.no_grad()
     def _update(self, p: Tensor, number: int, index: int) -> None:
+        if not self._updated:
+            _refuse_watchers(self._optimizer)  # callbacks hook in when the training starts
         if id(p) in self._updated:
             raise ConfigError(_FIELD, True, "two backward passes before a step (accumulation) cannot be had with it")
         self._updated.add(id(p))
@@ -65,8 +68,14 @@ class Release:
 
     def _end(self, optimizer: Optimizer) -> None:
         self._updated.clear()
-        if len(optimizer._before_update) > 1:
-            raise ConfigError(_FIELD, True, "a hook that looks at gradients before the step cannot be had with it")
+
+
+def _refuse_watchers(optimizer: Optimizer) -> None:
+    """Names whoever looks at all gradients before a step."""
+    for hook in optimizer._before_update:
+        owner = getattr(hook, "__self__", None)
+        name = type(owner).__name__ if owner is not None else getattr(hook, "__qualname__", repr(hook))
+        raise ConfigError(_FIELD, "on", f"{name} cannot be had with it: it looks at gradients before the step")
 
 
 def refuse(optimizer: Optimizer, *, clip_each: bool, accumulate: int = 1, guarded: bool = False) -> None:
@@ -89,17 +98,19 @@ def refuse(optimizer: Optimizer, *, clip_each: bool, accumulate: int = 1, guarde
         (bool(limits) and not clip_each, "optimizer.max_grad_norm must be null (or clip_each: tensor by tensor)"),
         (accumulate > 1, f"trainer.micro_batch_size must be the whole batch, not one of {accumulate} parts"),
         (guarded, "callbacks.LossGuard must be off: it looks at all gradients before a weight changes"),
-        (bool(optimizer._before_update), "a hook that looks at gradients before the step cannot be had with it"),
         (ranks > 1 or any(hasattr(p, "to_local") for g in groups for p in g["params"]), "it works on one device only"),
-        (type(optimizer).__name__ == "Dynamic", "optimizer=dynamic cannot be had: it switches by what a step measured"),
+        (isinstance(optimizer, Phased), "an optimizer of several phases cannot be had: it looks ahead with a gradient"),
     ]
     for group in groups:
         rule = rule_of(group)
+        if measured := sorted(rule.needs - {"run_length"}):
+            found.append((True, f"{rule.name} cannot be had with it: {', '.join(measured)} is fed before the step"))
         if not rule.elementwise or rule.together is not None:
             found.append((True, f"{rule.name} cannot be had with it: it works on many tensors at once"))
     for wrong, why in found:
         if wrong:
             raise ConfigError(_FIELD, "clip_each" if clip_each else "on", why)
+    _refuse_watchers(optimizer)
 
 
 def release(optimizer: Any, mode: str, *, accumulate: int, guarded: bool) -> Release | None:

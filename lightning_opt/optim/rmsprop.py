@@ -144,8 +144,8 @@ RULE = Rule(
 _FORMS = {
     (False, False): RULE,
     (True, False): replace(RULE, update=centered, state=("square_avg", "grad_avg"), traffic=28),
-    (False, True): replace(RULE, update=with_momentum, state=("square_avg", "momentum_buffer"), traffic=28),
+    (False, True): replace(RULE, update=with_momentum, state=("square_avg", "step_sum"), traffic=28),
     (True, True): replace(
-        RULE, update=centered_with_momentum, state=("square_avg", "grad_avg", "momentum_buffer"), traffic=36
+        RULE, update=centered_with_momentum, state=("square_avg", "grad_avg", "step_sum"), traffic=36
     ),
 }

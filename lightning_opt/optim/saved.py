@@ -7,8 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_opt.kernels import Rule
+from lightning_opt.optim.buckets import layout_of
 from lightning_opt.optim.catalogue import rule_of
+from lightning_opt.optim.storage import planned_state
 from lightning_opt.plan import ConfigError
+from lightning_opt.plan.values import show
 
 # How this process runs and clips is said by whoever built the optimizer, not by the checkpoint.
 _OWN = ("rule", "role", "clip_group", "lr_factor", "max_grad_norm", "implementation")
@@ -18,11 +22,17 @@ _TORCHS = {*_MATHS, "foreach", "capturable", "differentiable", "fused"}
 
 
 def with_values_of(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A saved state under the hyperparameters of `groups`; None if rules, roles or numbers of tensors differ."""
+    """A saved state under the hyperparameters of `groups`; None if rules, roles or numbers of tensors differ.
+
+    Raises:
+        ConfigError: for a hyperparameter that changes which states there are, or their shapes.
+    """
     saved = state_dict["param_groups"]
     layouts = [[(g.get("rule"), g.get("role"), len(g["params"])) for g in side] for side in (saved, groups)]
     if layouts[0] != layouts[1]:
         return None
+    for old, new in zip(saved, groups, strict=True):
+        _refuse_other_states(old, new)
     merged = [{**old, **new, "params": old["params"]} for old, new in zip(saved, groups, strict=True)]
     return {**state_dict, "param_groups": merged}
 
@@ -49,21 +59,51 @@ def fitted(state_dict: Mapping[str, Any], groups: list[dict[str, Any]]) -> dict[
                 raise ConfigError(f"{field}.{key}", old[key], f"the checkpoint's must be {ours}, as here")
         kept = {key: plain(value) for key, value in old.items() if key not in _TORCHS}
         merged.append({**new, **kept, **{key: new[key] for key in _OWN}})
-        for index in old["params"]:
-            if state.get(index):
-                state[index] = _counted(state[index], merged[-1], f"{field}.state")
+        for number, index in enumerate(old["params"]):
+            if state.get(index) and number < len(new["params"]):
+                state[index] = _counted(state[index], {**merged[-1], "params": new["params"]}, number, f"{field}.state")
     return {**state_dict, "state": state, "param_groups": merged}
 
 
-def _counted(state: Mapping[str, Any], group: Mapping[str, Any], field: str) -> dict[str, Any]:
+def _counted(state: Mapping[str, Any], group: Mapping[str, Any], number: int, field: str) -> dict[str, Any]:
     """One parameter's state with its step as an int (torch saves a tensor)."""
-    spec = rule_of(group)
-    wanted = {"step", *spec.state, *(spec.measure.state if spec.measure else ())}
-    scales = {f"{name}_scale" for name in spec.codes}
-    found = set(state) - {"since", "ahead", "master", *scales, *state.get("ahead", ())}
-    if found != wanted and not (spec.initial is not None and found > wanted):
-        raise ConfigError(field, sorted(state), f"the checkpoint's must be {', '.join(sorted(wanted))} for {spec.name}")
+    name = group["rule"]
+    wanted = _shapes(group, number)
+    ignored = {"step", "since", "ahead", *_converted(rule_of(group)), *state.get("ahead", ())}
+    found = {key: tuple(getattr(value, "shape", ())) for key, value in state.items() if key not in ignored}
+    if found.keys() != wanted.keys():
+        what = f"the checkpoint's must be {', '.join(sorted(['step', *wanted]))} for {name}"
+        raise ConfigError(field, sorted(state), what)
+    for key, shape in wanted.items():
+        if found[key] != shape:
+            raise ConfigError(f"{field}.{key}", found[key], f"the checkpoint's must have shape {shape} for {name}")
     return {**state, "step": int(state["step"])}
+
+
+def _converted(rule: Rule) -> set[str]:
+    """States that loading makes or drops by itself."""
+    return {"master", *(f"{name}_scale" for name in rule.codes)}
+
+
+def _shapes(group: Mapping[str, Any], number: int) -> dict[str, tuple[int, ...]]:
+    """The states that a group's parameter must have, whatever it is stored in."""
+    rule = rule_of(group)
+    planned = planned_state(rule, group, group["params"][number], layout_of(group, number))
+    converted = _converted(rule)
+    return {key: tuple(getattr(value, "shape", ())) for key, value in planned.items() if key not in converted}
+
+
+def _refuse_other_states(saved: Mapping[str, Any], group: Mapping[str, Any]) -> None:
+    """Names the first option of the rule under which the saved states are not those that are wanted now."""
+    then = {key: plain(saved[key]) for key in rule_of(group).defaults if key in saved}
+    changed = [key for key, value in then.items() if value != group[key]]
+    for key in changed:
+        before, after = {**group, **then}, {**group, **then, key: group[key]}
+        for number in range(len(group["params"])):
+            old, new = _shapes(before, number), _shapes(after, number)
+            if differing := sorted({name for name, _ in old.items() ^ new.items()}):
+                what = f"must stay {show(then[key])}: {group['rule']}'s state {differing[0]} was saved with it"
+                raise ConfigError(f"optimizer.{key}", group[key], what)
 
 
 def plain(value: Any) -> Any:

@@ -52,7 +52,8 @@ class ScheduleFreeAdamW(Optimizer):
         lr: step size after the warm-up, typical 1e-3 to 1e-2; leave it constant.
         betas: weight of the average in y, decay of the second moment.
         eps: added to the root of the second moment.
-        warmup_steps: the rate grows to `lr` over so many steps.
+        warmup_steps: the rate grows to `lr` over so many steps; below 1 a fraction of the run, whose length somebody
+            tells: the callback `OptimizerSignals`, or ``observe(run_length=steps)``.
         weight_lr_power: iterates of the warm-up count in the average as their share of the rate to this power.
         weight_decay: typical 0.1 for language models; towards zero from y, in every mode.
         max_grad_norm: the gradient is clipped to this norm before the update; None = no clipping.
@@ -70,7 +71,7 @@ class ScheduleFreeAdamW(Optimizer):
         lr: float = 2.5e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        warmup_steps: int = 0,
+        warmup_steps: float = 0,
         weight_lr_power: float = 2.0,
         weight_decay: float = 0.0,
         *,
@@ -99,9 +100,10 @@ class ScheduleFreeAdamW(Optimizer):
 
 def scalars(step: Any, group: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of one step."""
-    (beta1, beta2), warmup = group["betas"], group["warmup_steps"]
-    share = min(1.0, step / warmup) if warmup else 1.0
-    newest = share ** group["weight_lr_power"] / _weights(int(step), warmup, group["weight_lr_power"])
+    (beta1, beta2), warmup = group["betas"], int(group["warmup_steps"])
+    age = step.of("z")
+    share = min(1.0, age / warmup) if warmup else 1.0
+    newest = share ** group["weight_lr_power"] / _weights(age, warmup, group["weight_lr_power"])
     rate = group["lr"] * share
     return {
         "root": math.sqrt(1 - beta2 ** step.of("exp_avg_sq")),

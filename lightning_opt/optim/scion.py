@@ -43,6 +43,7 @@ from torch import Tensor
 from lightning_opt.kernels import Bucket, Rule
 from lightning_opt.optim import muon
 from lightning_opt.optim.base import Optimizer
+from lightning_opt.optim.blocks import is_stack
 
 _EPS = 1e-8
 
@@ -133,8 +134,7 @@ def whole(bucket: Bucket) -> list[Tensor]:
 
 def _kernel(m: Tensor, role: str) -> int:
     """Places of a convolution's kernel; 1 for matrices and stacks of them."""
-    convolution = role != "expert" and (m.ndim > 3 or (m.ndim == 3 and role == "matrix"))
-    return math.prod(m.shape[2:]) if convolution else 1
+    return 1 if is_stack(m, role) else math.prod(m.shape[2:])
 
 
 def _sign(m: Tensor) -> Tensor:

@@ -89,8 +89,8 @@ RULE = Rule(
     "signum",
     update,
     scalars,
-    state=("momentum_buffer",),
+    state=("exp_avg",),
     defaults={"momentum": 0.9},
     traffic=20,
-    codes={"momentum_buffer": torch.int8},
+    codes={"exp_avg": torch.int8},
 )

@@ -49,7 +49,7 @@ from torch import Tensor
 
 from lightning_opt.kernels import Bucket, Rule, Step, wide
 from lightning_opt.optim.base import Optimizer
-from lightning_opt.optim.blocks import Grid, Stack, along, fresh_factors, grid_of, is_stack, stacks, unfolded
+from lightning_opt.optim.blocks import Grid, Stack, along, fresh_factors, grid_of, is_stack, own_dims, stacks, unfolded
 
 
 class SOAP(Optimizer):
@@ -146,7 +146,7 @@ def scalars(step: Step, group: Mapping[str, Any]) -> dict[str, float]:
 
 def grid(p: Tensor, group: Mapping[str, Any]) -> Grid:
     """How a weight is seen and cut, and which dimensions have a basis."""
-    view, stacked, longest = list(p.shape) or [1], is_stack(p, group), group["max_precond_dim"]
+    view, stacked, longest = list(p.shape) or [1], is_stack(p, group.get("role")), group["max_precond_dim"]
     if group["merge_dims"] and not stacked:
         view = _merged(view, longest)
     block = view[1:] if stacked else view
@@ -200,7 +200,9 @@ def whole(bucket: Bucket) -> list[Tensor | None]:
     if bucket.scalars["age"] == 0:
         return [None] * len(steps)
     for step in steps:
-        rms = step.square().mean().sqrt().add_(1e-30) if bucket.options["normalize_grads"] else 1.0
+        rms = 1.0
+        if bucket.options["normalize_grads"]:
+            rms = step.square().mean(own_dims(step, bucket.options.get("role")), keepdim=True).sqrt().add_(1e-30)
         step.mul_(bucket.scalars["rate"] / rms)
     return steps
 

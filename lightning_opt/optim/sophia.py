@@ -26,7 +26,8 @@ Traps: h is 0 until the first estimate and small for some more, and then every s
 its sign, so warm up. `bs` defaults to 5120 in the repository and is wrong for everyone else; here the estimate carries
 the tokens. With float16 the estimate must be taken without the loss scaler. The two studies that tuned everything
 saw no gain over AdamW, and divergence in long runs at small batches (arXiv 2509.01440): read them before you hope.
-pytorch_optimizer has SophiaH only, with update_period 10 and its own Hessian code.
+pytorch_optimizer has SophiaH only, with update_period 10 and its own Hessian code. The operations counted below are
+those of a step alone: the passes that make an estimate every `interval` (10) steps come on top, and h's average.
 """
 
 from __future__ import annotations

@@ -54,15 +54,20 @@ def fresh_state(rule: Rule, group: Mapping[str, Any], p: Tensor, layout: Mapping
         state["master"] = p.detach().float()
     if rule.measure is not None and rule.measure.state:
         assert rule.measure.block is not None
-        blocks = p.numel() // max(1, rule.measure.block(p, layout))
+        blocks = p.numel() // max(1, rule.measure.block(p, layout, group))
         exact = torch.float64 if p.dtype == torch.float64 else torch.float32
         state |= {name: torch.zeros(blocks, dtype=exact, device=p.device) for name in rule.measure.state}
     return state if rule.initial is None else state | rule.initial(p, group, layout)
 
 
+def planned_state(rule: Rule, group: Mapping[str, Any], p: Tensor, layout: Mapping[str, Any]) -> dict[str, Tensor]:
+    """As `fresh_state`, over all ranks and without memory."""
+    return fresh_state(rule, group, torch.empty(p.shape, dtype=p.dtype, device="meta"), layout)
+
+
 def planned_bytes(rule: Rule, group: Mapping[str, Any], p: Tensor, layout: Mapping[str, Any]) -> int:
     """Bytes of state that a parameter will have, over all ranks."""
-    return bytes_held(fresh_state(rule, group, torch.empty(p.shape, dtype=p.dtype, device="meta"), layout))
+    return bytes_held(planned_state(rule, group, p, layout))
 
 
 def bytes_held(state: Mapping[str, Any]) -> int:
@@ -78,7 +83,8 @@ def stored(state: Mapping[str, Any], name: str) -> Tensor | Coded:
 def restored(rule: Rule, group: Mapping[str, Any], p: Tensor, saved: Mapping[str, Any]) -> dict[str, Any]:
     """A parameter's saved state as it is held here: codes stay codes, and other dtypes become what was asked for.
 
-    What this parameter would hold in float32 and was saved in int8 is decoded, and the other way round.
+    What this parameter would hold in float32 and was saved in int8 is decoded, and the other way round. A master that
+    is missing begins as the weight, one that is not wanted is left out.
     """
     state = {k: v.to(p.device) if isinstance(v, Tensor) else v for k, v in saved.items()}
     for name, dtype in state_dtypes(rule, group, p).items():
@@ -92,6 +98,10 @@ def restored(rule: Rule, group: Mapping[str, Any], p: Tensor, saved: Mapping[str
             state[name] = held.to(dtype)
         elif hasattr(p, "to_local") and not hasattr(state[name + _SCALE], "to_local"):
             state[name + _SCALE] = _split_as(state[name + _SCALE], p)
+    if updated_dtype(group, p) == p.dtype:
+        state.pop("master", None)
+    elif "master" not in state:
+        state["master"] = p.detach().float()
     return state
 
 

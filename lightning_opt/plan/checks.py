@@ -74,7 +74,9 @@ def check(config: dict[str, Any], *, sequences: int | None = None) -> RunPlan:
     _check_data(config["data"], config["model"])
     _check_devices(config["trainer"])
     _check_callbacks(config.get("callbacks") or {})
-    return _plan(config, sequences)
+    plan = _plan(config, sequences)
+    check_update_in_backward(config, plan)
+    return plan
 
 
 def normalised(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -230,6 +232,33 @@ def _check_callbacks(callbacks: dict[str, Any]) -> None:
             warmup, window = spec.get("warmup"), spec.get("window")
             if warmup and window and warmup > window:
                 raise ConfigError(f"{field}.warmup", warmup, f"must be at most the window, {window}")
+
+
+def check_update_in_backward(config: dict[str, Any], plan: RunPlan) -> None:
+    """Refuses what `trainer.update_in_backward` cannot be had with, as far as a configuration tells.
+
+    Raises:
+        ConfigError: for the first thing found; `optim.releasing.refuse` finds what only the built optimizer tells.
+    """
+    mode, optimizer = config["trainer"].get("update_in_backward", "off"), config["optimizer"]
+    if mode == "off":
+        return
+    field, common = "trainer.update_in_backward", optimizer.get("max_grad_norm")
+    roles = {"default": {}, **(optimizer.get("roles") or {})}
+    clipped = [role for role, settings in roles.items() if settings.get("max_grad_norm", common) is not None]
+    if clipped and mode != "clip_each":
+        limit = "optimizer.max_grad_norm" if common is not None else f"optimizer.roles.{clipped[0]}.max_grad_norm"
+        raise ConfigError(field, mode, f"{limit} must be null (or clip_each: tensor by tensor)")
+    if plan.accumulate > 1:
+        why = f"trainer.micro_batch_size must be the whole batch, not one of {plan.accumulate} parts"
+        raise ConfigError(field, mode, why)
+    for label, spec in (config.get("callbacks") or {}).items():
+        if spec and str(spec["_target_"]) == f"{_OURS}LossGuard":
+            raise ConfigError(field, mode, f"say ~callbacks.{label}: it looks at all gradients before a weight changes")
+    if plan.devices > 1:
+        raise ConfigError(field, mode, f"it works on one device only, not on {plan.devices}")
+    if optimizer.get("phases"):
+        raise ConfigError(field, mode, f"{optimizer['name']} cannot be had with it: its phases look ahead")
 
 
 def _plan(config: dict[str, Any], sequences: int | None) -> RunPlan:

@@ -25,6 +25,8 @@ _FOLDER = Path(__file__).with_name("tuned")
 _KEYS = {"source", "measured", "always", "columns", "cells"}
 STUDIED = (130_000_000, 1_210_000_000)
 """Smallest and largest number of non-embedding parameters that published values were tuned at."""
+_PUBLISHED_LENGTH = 4096  # tokens of a sequence in arXiv:2509.02046
+_OUR_BATCH = 8 * 256  # tokens of a step, benchmarks/results/2026-11-22-tuned-small-models.md
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,14 @@ class TunedRecord:
     def at(self, scale: str) -> bool:
         """Whether the record holds for this scale."""
         return "any" in self.scales or scale in self.scales
+
+    @property
+    def tokens_per_step(self) -> int | None:
+        """Batch size that the values were found at, in tokens; None where the source does not say."""
+        if self.measured == "ours":
+            return _OUR_BATCH
+        batch = self.values.get("trainer.global_batch_size") if self.measured == "published" else None
+        return batch and batch * _PUBLISHED_LENGTH
 
     def check_size(self, non_embedding_params: int | None, *, field: str = "tuned") -> None:
         """Refuses published values outside the sizes they were tuned at: nobody knows how they would have to change.

@@ -213,7 +213,10 @@ RULES: dict[str, Rule] = {
     "ademamix.alpha": _number(0, hint="typical 2 to 8"),
     "alpha_warmup": _count(hint="steps, as many as the run has", none="no warm-up"),
     "beta3_warmup": _count(hint="steps, as many as the run has", none="no warm-up"),
-    "warmup_steps": _count(0, "steps; a schedule-free rule's own warm-up"),
+    "warmup_steps": Rule(
+        "warmup",
+        expected="must be a fraction of the run (>= 0 and < 1) or a whole number of steps; typical 0.02 to 0.05",
+    ),
     "weight_lr_power": _number(0, hint="typical 2; 0 = all iterates alike"),
     "estimator": _choice("gnb", "hutchinson"),
     "sophia.interval": _count(hint="steps between estimates, typical 10"),

@@ -110,8 +110,8 @@ class PretrainModule(pl.LightningModule):
             return  # Lightning's bookkeeping of values nobody will see costs more than our optimizer's step
         loss = self._over_ranks(torch.stack(micro_losses).mean())
         # Tensors on the CPU: Lightning would copy each plain number to the device, and wait for the copy.
-        groups = self.optimizer.param_groups
-        rates = {f"lr/{group['role']}": torch.tensor(group["lr"] * group["lr_factor"]) for group in groups}
+        rates = self.optimizer.rates(self.trainer.global_step + 1)
+        rates = {f"lr/{role}": torch.tensor(rate) for role, rate in rates.items()}
         self.log_dict({"train/loss": loss, **rates}, on_step=True, on_epoch=False)
 
     def _over_ranks(self, loss: Tensor) -> Tensor:

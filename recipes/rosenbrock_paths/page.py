@@ -7,6 +7,7 @@ from pathlib import Path
 from lightning_opt.reports import landscapes
 from lightning_opt.reports.canvas import Figure
 from lightning_opt.reports.page import Section, render
+from lightning_opt.reports.style import optimizer_colours
 from recipes.rosenbrock_paths import problems
 from recipes.rosenbrock_paths.problems import Problem
 
@@ -25,9 +26,10 @@ def write(out: Path, rates: dict[str, float], *, quick: bool = False) -> Path:
         the page's path.
     """
     out.mkdir(parents=True, exist_ok=True)
-    first = problems.comparison(rates)
-    sections = [_section(first, out / PICTURE)]
-    sections += [] if quick else [_section(problem) for problem in problems.others()]
+    first, rest = problems.comparison(rates), problems.others()
+    colours = optimizer_colours(one.label for problem in (first, *rest) for one in problem.contestants)
+    sections = [_section(first, colours, out / PICTURE)]
+    sections += [] if quick else [_section(problem, colours) for problem in rest]
     command = "python -m recipes.rosenbrock_paths"
     content = {
         "title": "Optimizers on small problems",
@@ -55,12 +57,12 @@ _NOTES = (
     "A square marks the start, a star a minimum, a dot where a path ends; contours are spaced evenly by logarithm.",
     f"Rosenbrock's function is walked at fixed rates. On the others everybody has the best of the same "
     f"{len(problems.RATES)} rates, {problems.RATES[0]:.1g} to {problems.RATES[-1]:.0f}, by the score at the end, and "
-    "the rate falls linearly to 0.",
+    "the rate falls linearly to 0, but for the rare words, where it is constant.",
     "Two numbers or a thousand are no language model: what wins here need not win there; see the benchmarks for text.",
 )
 
 
-def _section(problem: Problem, png: Path | None = None) -> Section:
+def _section(problem: Problem, colours: landscapes.Colours, png: Path | None = None) -> Section:
     walked = [problems.best_walk(problem, contestant) for contestant in problem.contestants]
     named = {walk.contestant.label: walk for walk in walked}
     drawn: list[Figure] = []
@@ -68,9 +70,11 @@ def _section(problem: Problem, png: Path | None = None) -> Section:
         title = f"{problem.title}, {problem.steps} steps"
         points = {name: walk.points for name, walk in named.items()}
         surface, box, goals = problem.height, problem.box, problem.goals
-        drawn.append(landscapes.paths(f"{problem.key}-paths", title, "", surface, box, points, goals, png=png))
+        key = f"{problem.key}-paths"
+        drawn.append(landscapes.paths(key, title, "", surface, box, points, goals, colours, png=png))
     ranked = sorted(named, key=lambda name: named[name].scores[-1])
     caption = f"Lowest at the end: {', then '.join(ranked)}."
     curves = {name: (walk.rate, walk.scores) for name, walk in named.items()}
-    drawn.append(landscapes.scores(f"{problem.key}-scores", "Score by step", caption, "score", curves, problem.floor))
+    key, title = f"{problem.key}-scores", "Score by step"
+    drawn.append(landscapes.scores(key, title, caption, "score", curves, colours, problem.floor))
     return Section(problem.key, problem.title, problem.idea, tuple(drawn))

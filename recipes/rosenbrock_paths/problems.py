@@ -224,24 +224,24 @@ def _saddle() -> Problem:
     )
 
 
-def _rare_words(words: int = 64, steps: int = 400, batch: int = 4) -> Problem:
-    """Each step sees a few words, drawn by Zipf's law; each word has a number to learn, its gradient is a sign."""
+def _rare_words(words: int = 64, steps: int = 400, batch: int = 16) -> Problem:
+    """Each step sees a few words, most of them common ones; each word has a number to learn, its gradient is a sign."""
     draw = torch.Generator().manual_seed(1)
-    share = 1 / torch.arange(1, words + 1, dtype=torch.float64) ** 1.2
+    share = 1 / torch.arange(1, words + 1, dtype=torch.float64) ** 1.6
     seen = torch.multinomial(share, steps * batch, replacement=True, generator=draw).view(steps, batch)
     target = torch.randn(1, words, dtype=torch.float64, generator=draw)
     return Problem(
         "rare_words",
         "Rare words",
-        f"{words} words with a number each to learn; a step sees {batch} of them, drawn by Zipf's law, and the loss is "
-        "the distance, so that a gradient says only which way. One rate for all is too small for the rare or too large "
-        "for the common words; Adagrad gives each its own, which falls with every time that the word was seen.",
+        f"{words} words with a number each to learn; a step sees {batch} of them, the k-th as often as k^-1.6, and "
+        "the loss is the distance, so that a gradient says only which way. The rate is constant. One for all is too "
+        "small for the rare or too large for the common words; Adagrad gives each its own, which falls with every time "
+        "that the word was seen.",
         torch.zeros(1, words, dtype=torch.float64),
         loss=lambda w, step: (w - target)[0, seen[step]].abs().mean(),
         score=lambda w: float((w - target).abs().mean()),
         contestants=_sent("sgd", "momentum", "adagrad", "adamw", "lion"),
         steps=steps,
-        decays=True,
     )
 
 

@@ -154,7 +154,7 @@ def test_an_optimizer_that_announces_its_update_is_timed_without_clipping(tmp_pa
             super().__init__(*args, **kwargs)
             self.announce: list[Any] = []
 
-        def register_before_update_hook(self, fn: Any) -> Any:
+        def register_before_update_hook(self, fn: Any, *, watches: bool = True) -> Any:
             self.announce.append(fn)
             return lambda: self.announce.remove(fn)
 

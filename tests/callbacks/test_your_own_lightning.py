@@ -22,7 +22,7 @@ NOT_NEEDED = {
     "yaml",
     "rich",
 }
-ROOMS = {"launch", "job", "training", "models", "data", "evaluation", "reports", "run_folder", "anatomy"}
+ROOMS = {"launch", "job", "training", "models", "data", "evaluation", "reports", "run_folder"}
 CALLBACKS = {
     "lightning_opt.callbacks",
     *(f"lightning_opt.callbacks.{name}" for name in ("stability", "batches", "telling")),

@@ -116,6 +116,27 @@ def test_a_step_with_clipping_never_waits_for_the_device(name: str, way: str) ->
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("way", ["eager", "foreach", "compiled"])
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("adamw", {"cautious": True}), ("adam_mini", {}), ("mars", {}), ("mars", {"clip": "global"})],
+    ids=["cautious", "adam_mini", "mars", "mars-global"],
+)
+def test_what_is_measured_stays_on_the_device(name: str, more: dict[str, Any], way: str) -> None:
+    params = [torch.nn.Parameter(torch.randn(shape, device="cuda")) for shape in [(256, 256), (256,)]]
+    groups = [{"params": params[:1]}, {"params": params[1:], "weight_decay": 0.0}]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer = make(name, groups, lr=1e-3, implementation=way, **more)
+    optimizer.step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("name", optim.list_optimizers())
 def test_a_schedule_compiles_nothing_anew(name: str) -> None:
     from torch._dynamo.utils import counters

@@ -395,6 +395,35 @@ def test_many_kinds_of_buckets_are_all_compiled(monkeypatch):
     compiled._compiled.cache_clear()
 
 
+def test_each_list_of_shapes_is_compiled_up_to_a_limit_and_then_foreach_runs(monkeypatch, caplog):
+    """As on a GPU, where experts without tokens have no gradient: 14 lists are more than Dynamo's 8."""
+    compiled._compiled.cache_clear()
+    torch._dynamo.reset()
+    monkeypatch.setattr(native, "run", compiled._run_graph)
+    monkeypatch.setattr(native, "prepare", lambda *_: None)
+    monkeypatch.setattr(compiled, "can_compile", lambda device: (True, "Triton"))
+    monkeypatch.setattr(compiled, "_shapes", {})
+    monkeypatch.setattr(compiled, "_full", set())
+    monkeypatch.setattr(compiled, "_MOST", 14)
+    graphs = []
+    count = lambda graph, inputs: graphs.append(graph) or graph.forward  # noqa: E731
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **how: real(function, backend=count, **how))
+    p = nn.Parameter(torch.ones(()))
+    with caplog.at_level(logging.WARNING, "lightning_opt.kernels"):
+        for turn in range(2):
+            for size in range(16):
+                p = nn.Parameter(torch.ones(10 + size))
+                p.grad = torch.ones_like(p)
+                optim.Lion([p], lr=0.25, implementation="compiled").step()
+                assert torch.equal(p.detach(), torch.full_like(p, 0.75))
+                assert len(graphs) == (14 if turn else min(size + 1, 14))
+    assert [record.getMessage() for record in caplog.records] == [
+        "lion: 14 lists of shapes are compiled, torch's kernels take all others"
+    ]
+    compiled._compiled.cache_clear()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", optim.list_optimizers())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

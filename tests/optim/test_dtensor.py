@@ -107,6 +107,57 @@ def test_two_ranks_with_an_empty_part(tmp_path, names):
     torch.multiprocessing.spawn(_on_two, (f"{tmp_path}/store", names), nprocs=2)
 
 
+def _mixed(rank: int, store: str) -> None:
+    """Weights of one group, spread in different ways: what is on every rank is summed up once."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    for kinds in ([Shard(0), Replicate(), Shard(1)], [Replicate(), Shard(1), Shard(0)]):
+        for name, more in (("adamw", {"cautious": True}), ("mars", {"clip_norm": 0.1})):
+            whole = [
+                torch.randn(shape, generator=torch.Generator().manual_seed(7)) for shape in [(8, 4), (6, 4), (4, 6)]
+            ]
+            plain = [nn.Parameter(w.clone()) for w in whole]
+            spread = [nn.Parameter(distribute_tensor(w, mesh, [kind])) for w, kind in zip(whole, kinds, strict=True)]
+            optimizers = [optim.Optimizer(params, rule=name, lr=0.01, **more) for params in (plain, spread)]
+            for k in range(3):
+                for i, (p, q) in enumerate(zip(plain, spread, strict=True)):
+                    p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * k + i))
+                    q.grad = distribute_tensor(p.grad, mesh, [kinds[i]])
+                for optimizer in optimizers:
+                    optimizer.step()
+            for p, q in zip(plain, spread, strict=True):
+                torch.testing.assert_close(p.detach(), q.full_tensor().detach(), rtol=1e-6, atol=1e-6, msg=name)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_weights_split_and_repeated_side_by_side_on_two_ranks(tmp_path):
+    torch.multiprocessing.spawn(_mixed, (f"{tmp_path}/store",), nprocs=2)
+
+
+def test_where_shards_begin_is_worked_out_once(one_process, monkeypatch):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, _utils, distribute_tensor
+
+    calls, real = [], _utils.compute_local_shape_and_global_offset
+    monkeypatch.setattr(
+        _utils, "compute_local_shape_and_global_offset", lambda *args: calls.append(args[0]) or real(*args)
+    )
+    mesh = init_device_mesh("cpu", (1,))
+    params = [nn.Parameter(distribute_tensor(torch.ones(11, 3), mesh, [Shard(0)])) for _ in range(4)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    calls.clear()
+    optimizer = optim.Lion(params, lr=0.1, implementation="foreach")
+    for _ in range(3):
+        optimizer.step()
+    assert len(calls) <= 1
+
+
 @pytest.mark.parametrize("name", optim.list_optimizers())
 @pytest.mark.parametrize("way", WAYS)
 def test_a_masked_step_leaves_sharded_weights_alone(name, way, one_process):

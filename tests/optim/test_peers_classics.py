@@ -256,7 +256,7 @@ def test_groups_of_one_optimizer_may_take_rmsprop_in_other_forms():
     for p in params:
         p.grad = torch.ones(3)
     optimizer.step()
-    assert [set(optimizer.state[p]) - {"step"} for p in params] == [{"square_avg"}, {"square_avg", "momentum_buffer"}]
+    assert [set(optimizer.state[p]) - {"step"} for p in params] == [{"square_avg"}, {"square_avg", "step_sum"}]
 
 
 # -- not Lion ---------------------------------------------------------------------------------------------------------

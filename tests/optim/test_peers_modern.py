@@ -49,7 +49,7 @@ def grouped(name, params):
     return [{"params": params[:3], "heads": heads[:3]}, {"params": params[3:], "weight_decay": 0.0}]
 
 
-def trained(name, steps=recorder.STEPS, dtype=torch.float64, start=None, **hyper):
+def trained(name, steps=recorder.STEPS, dtype=torch.float64, start=None, run_length=None, **hyper):
     weights, gradients, sampled = recorder.problem()
     params = [nn.Parameter(torch.tensor(w, dtype=dtype)) for w in start or weights]
     cls = getattr(optim, optim.OPTIMIZERS[name])
@@ -57,7 +57,9 @@ def trained(name, steps=recorder.STEPS, dtype=torch.float64, start=None, **hyper
     for t in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = recorder.rate(name, t)
-        if optimizer.needs:
+        if run_length:
+            optimizer.observe(run_length=run_length)
+        elif optimizer.needs:
             squares = [torch.tensor(s, dtype=dtype).square() * recorder.TOKENS for s in sampled.get(t, [])]
             optimizer.observe(hessian_diagonal=dict(zip(params, squares, strict=False)))
         for p, g in zip(params, gradients[t], strict=True):
@@ -326,3 +328,19 @@ def _on_two(rank, store):
 @pytest.mark.slow  # two processes that load torch anew
 def test_two_ranks_move_as_one(tmp_path):
     torch.multiprocessing.spawn(_on_two, (f"{tmp_path}/store",), nprocs=2)
+
+
+def test_schedule_free_warms_up_over_a_fraction_of_the_run():
+    """As over the steps that it stands for; the rate that is told is the one that is stepped by."""
+    whole, _ = trained("schedule_free_adamw", warmup_steps=8)
+    p = nn.Parameter(torch.ones(3))
+    optimizer = optim.ScheduleFreeAdamW([p], lr=0.5, warmup_steps=0.25)
+    assert optimizer.needs == {"run_length"}
+    p.grad = torch.ones(3)
+    with pytest.raises(ConfigError, match="needs run_length"):
+        optimizer.step()
+    optimizer.observe(run_length=16)
+    assert [optimizer.rates(step)["all"] for step in (1, 2, 4, 5)] == [0.125, 0.25, 0.5, 0.5]
+    fraction, made = trained("schedule_free_adamw", run_length=recorder.STEPS, warmup_steps=8 / recorder.STEPS)
+    close(fraction, [w.detach().numpy() for w in whole], tolerance=0)
+    assert made.param_groups[0]["warmup_steps"] == 8 / recorder.STEPS

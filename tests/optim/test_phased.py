@@ -349,3 +349,17 @@ def test_no_loss_jump_at_the_seam_and_one_where_the_count_is_shared():
     assert jump(smooth) < 3
     assert jump(spoilt) > 6
     assert math.isfinite(smooth[-1])
+
+
+def test_an_average_of_a_phase_to_come_is_known_from_the_start():
+    p = nn.Parameter(torch.ones(3))
+    phases = {"a": {"rule": "adamw", "until": 2}, "b": {"rule": "schedule_free_adamw"}}
+    optimizer = Phased([p], phases, lr=0.1)
+    assert optimizer.averages
+    assert not phased(problem()).averages
+    for swapped in (False, True, True):  # the rule changes at the end of the second step
+        p.grad = torch.ones(3)
+        optimizer.step()
+        optimizer.eval()
+        assert optimizer.swapped is swapped
+        optimizer.train()

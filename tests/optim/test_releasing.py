@@ -98,11 +98,13 @@ def test_what_needs_all_gradients_is_refused_in_one_line(monkeypatch):
     plain, clipped = optim.Lion(p), optim.Lion(p, max_grad_norm=1.0)
     hooked = optim.Lion(p)
     hooked.register_before_update_hook(lambda o: None)
+    phases = {"a": {"rule": "lion", "until": 3}, "b": {"rule": "adamw"}}
     cases = [
+        (optim.Phased(p, phases), "on", 1, False, "phases"),
         (clipped, "on", 1, False, "max_grad_norm"),
         (plain, "on", 2, False, "micro_batch_size"),
         (plain, "on", 1, True, "LossGuard"),
-        (hooked, "clip_each", 1, False, "hook"),
+        (hooked, "clip_each", 1, False, "lambda"),
     ]
     if "muon" in optim.list_optimizers():
         cases.append((optim.Muon(p), "on", 1, False, "muon"))
@@ -132,6 +134,32 @@ def test_a_guard_that_comes_later_is_refused_too():
     optimizer = optim.Lion([p])
     Release(optimizer)
     optimizer.register_before_update_hook(lambda o: None)
-    (p * 2).sum().backward()
     with pytest.raises(ConfigError, match="before the step"):
+        (p * 2).sum().backward()
+    assert torch.equal(p, torch.ones(3))
+
+
+def test_a_hook_that_only_takes_a_time_may_stay():
+    p = nn.Parameter(torch.ones(3))
+    optimizer, told = optim.Lion([p]), []
+    Release(optimizer)
+    take_off = optimizer.register_before_update_hook(told.append, watches=False)
+    for _ in range(2):
+        (p * 2).sum().backward()
         optimizer.step()
+    take_off()
+    optimizer.step()
+    assert told == [optimizer, optimizer]
+
+
+def test_a_backward_pass_on_averaged_weights_changes_none():
+    p = nn.Parameter(torch.ones(3))
+    optimizer = optim.ScheduleFreeAdamW([p])
+    Release(optimizer)
+    (p * 2).sum().backward()
+    optimizer.step()
+    optimizer.eval()
+    held = p.detach().clone()
+    with pytest.raises(RuntimeError, match=r"train\(\)"):
+        (p * 2).sum().backward()
+    assert torch.equal(p, held)

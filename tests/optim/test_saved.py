@@ -150,3 +150,63 @@ def test_rates_torch_takes(name):
     assert not torch.equal(p, ones)
     with pytest.raises(ConfigError, match=r"optimizer\.lr"):
         optim.build(nn.Linear(2, 2), {"name": name, "lr": 0.0})
+
+
+def gone_on(make, before, after, *shape, dtype=torch.float32):
+    """An optimizer under `after` that took over the state of one under `before`, after two steps, and its weight."""
+    made = []
+    for hyper in (before, after):
+        p = nn.Parameter(torch.ones(shape, dtype=dtype))
+        made.append((make([p], **hyper), p))
+    (old, p), (new, q) = made
+    for _ in range(2):
+        step(old, [p])
+    new.load_state_dict(new.with_own_values(old.state_dict()))
+    return new, q
+
+
+def test_a_master_that_the_options_of_now_want_is_made_and_one_they_do_not_is_dropped():
+    near = {"lr": 1e-4, "weight_rounding": "nearest"}
+    master = {**near, "weight_rounding": "master"}
+    new, p = gone_on(optim.AdamW, near, master, 4, dtype=torch.bfloat16)
+    assert torch.equal(new.state[p]["master"], p.detach().float())
+    with torch.no_grad():
+        p.fill_(3.0)  # weights may be loaded later than states
+    for _ in range(200):
+        p.grad = torch.ones_like(p)
+        new.step()
+    assert 2.97 < p[0].item() < 2.99
+    new, p = gone_on(optim.AdamW, master, near, 4, dtype=torch.bfloat16)
+    assert "master" not in new.state[p]
+
+
+@pytest.mark.parametrize(
+    ("make", "before", "after", "words"),
+    [
+        (optim.Adafactor, {}, {"beta1": 0.9}, "optimizer.beta1 = 0.9: must stay 0.0: adafactor's state step_avg"),
+        (optim.SOAP, {"max_precond_dim": 10}, {"max_precond_dim": 100}, "optimizer.max_precond_dim = 100: must stay"),
+        (optim.SOAP, {}, {"block_size": 4, "betas": (0.9, 0.9)}, "optimizer.block_size = 4: must stay null"),
+        (optim.RMSprop, {"momentum": 0.5}, {"momentum": 0.0}, "optimizer.momentum = 0.0: must stay 0.5"),
+    ],
+)
+def test_options_that_need_other_states_are_refused(make, before, after, words):
+    with pytest.raises(ConfigError) as error:
+        gone_on(make, before, after, 8, 16)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_states_of_another_shape_are_refused():
+    saved = stepped(optim.Lion)[0].state_dict()
+    saved["state"][0]["exp_avg"] = torch.zeros(3, 3)
+    refused(stepped(optim.Lion)[0], saved, "param_groups[0].state.exp_avg", "(6, 5)", "lion")
+
+
+def test_torch_casts_no_state_while_it_loads(monkeypatch):
+    """It would make float32 of codes: eight bytes per weight more for as long as it takes."""
+    optimizer, _ = stepped(optim.AdamW)
+    saved = optimizer.state_dict()
+    monkeypatch.setattr(
+        torch.optim.Optimizer, "_process_value_according_to_param_policy", lambda *_, **__: pytest.fail("cast")
+    )
+    optimizer.load_state_dict(saved)

@@ -160,6 +160,28 @@ def test_contradictions(changes, start, words):
     assert "\n" not in text
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"optimizer__max_grad_norm": 1.0}, "optimizer.max_grad_norm must be null"),
+        ({"optimizer__roles": {"norm": {"max_grad_norm": 1.0}}}, "optimizer.roles.norm.max_grad_norm must be null"),
+        ({"trainer__micro_batch_size": 4}, "one of 2 parts"),
+        ({"trainer__devices": 2}, "one device only"),
+        ({"callbacks": {"guard": {"_target_": "lightning_opt.callbacks.LossGuard"}}}, "~callbacks.guard"),
+        ({"optimizer__phases": {"first": {"rule": "lion"}}}, "phases"),
+    ],
+)
+def test_what_an_update_in_the_backward_pass_cannot_be_had_with(changes, words):
+    check(changed(trainer__update_in_backward="on"))
+    check(changed(**changes))
+    with pytest.raises(ConfigError, match=words) as caught:
+        check(changed(trainer__update_in_backward="on", **changes))
+    assert str(caught.value).startswith("trainer.update_in_backward = on: ")
+    assert "\n" not in str(caught.value)
+    if "max_grad_norm" in words:
+        check(changed(trainer__update_in_backward="clip_each", **changes))
+
+
 def test_missing_path_names_the_closest_entry(tmp_path):
     (tmp_path / "my_texts").mkdir()
     with pytest.raises(ConfigError, match=r"did you mean .*my_texts"):

@@ -91,3 +91,23 @@ def test_a_command_that_shrinks_the_studys_model_is_refused():
         assert caught.value.field == "tuned"
         assert check_job(composer.compose([*cell, "~tuned"]))["optimizer"]["lr"] == 1e-3
         assert check_job(composer.compose(["model=llama_130m", "scale=1x"]))["optimizer"]["lr"] == 0.008
+
+
+def test_a_record_knows_the_tokens_of_a_step_it_was_found_at():
+    assert tuned("adamw", "llama_130m", "1x").tokens_per_step == 128 * 4096
+    assert tuned("adamw", "llama_130m", "16x").tokens_per_step == 256 * 4096
+    assert tuned("lion", "nano", "demo").tokens_per_step == 8 * 256
+
+
+@pytest.mark.parametrize(("tokens", "told"), [(128 * 4096, False), (128 * 256, True)])
+def test_a_run_with_other_steps_than_the_records_is_told(caplog, tokens, told):
+    from lightning_opt.job import notices
+
+    with caplog.at_level("INFO"):
+        notices.tuning({"source": "S", "tokens_per_step": 128 * 4096, "values": {}}, tokens)
+        notices.tuning(None, tokens)
+    lines = [record.getMessage() for record in caplog.records]
+    assert bool(lines) == told
+    if told:
+        assert "524,288 tokens per step" in lines[0]
+        assert "32,768" in lines[0]

@@ -9,7 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from recipes.rosenbrock_paths import problems
+from lightning_opt.reports.canvas import Figure
+from recipes.rosenbrock_paths import page, problems
 from recipes.rosenbrock_paths.__main__ import RATES, main
 
 STEPS = 200
@@ -86,7 +87,7 @@ RATE = {
     ("saddle", "adamw"): 10 ** (-1 / 3),
     ("saddle", "lion"): 10 ** (-1 / 3),
     ("rare_words", "sgd"): 10 ** (1 / 3),
-    ("rare_words", "adagrad"): 1.0,
+    ("rare_words", "adagrad"): 10 ** (-1 / 3),
     ("matrix", "adamw"): 10 ** (-2 / 3),
     ("matrix", "muon"): 10 ** (-1 / 3),
     ("matrix", "soap"): 10 ** (-1 / 3),
@@ -96,21 +97,43 @@ WORTH = [
     (("ravine", "soap"), ("ravine", "adamw")),
     (("saddle", "adamw"), ("saddle", "sgd")),
     (("saddle", "lion"), ("saddle", "sgd")),
+    (("rare_words", "adagrad"), ("rare_words", "sgd")),
     (("matrix", "muon"), ("matrix", "adamw")),
     (("matrix", "soap"), ("matrix", "adamw")),
 ]
 
 
+def test_no_two_optimizers_of_the_page_share_a_colour(monkeypatch, tmp_path):
+    seen = {}
+
+    def note(key, title, caption, *rest, **_):
+        seen[key] = rest[4] if key.endswith("paths") else rest[2]
+        return Figure(key, title, "<svg></svg>", caption)
+
+    monkeypatch.setattr(page.landscapes, "paths", note)
+    monkeypatch.setattr(page.landscapes, "scores", note)
+    monkeypatch.setattr(
+        page.problems, "best_walk", lambda problem, one: problems.Path(one, 1.0, np.zeros((1, 2)), [1.0])
+    )
+    page.write(tmp_path, RATES)
+    assert len(seen) == 8
+    colours = seen["ravine-paths"]
+    assert all(one == colours for one in seen.values())
+    contestants = [problems.comparison(RATES), *problems.others()]
+    labels = {one.label for problem in contestants for one in problem.contestants}
+    assert len({colours[label] for label in labels}) == len(labels) == 8
+
+
 def test_the_page_and_the_picture(tmp_path, capsys):
     assert main(["--quick", "--out", str(tmp_path / "new" / "folder")]) == 0
-    page = tmp_path / "new" / "folder" / "index.html"
-    assert capsys.readouterr().out.strip() == str(page)
-    text = page.read_text()
+    written = tmp_path / "new" / "folder" / "index.html"
+    assert capsys.readouterr().out.strip() == str(written)
+    text = written.read_text()
     assert text.count("<svg") == 2
     for name in ("SGD", "AdamW", "Muon"):
         assert name in text
     assert not re.search(r"(?:src|href)=\"http", text)
-    assert (page.parent / "optimizer_comparison.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert (written.parent / "optimizer_comparison.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
 @pytest.mark.parametrize(

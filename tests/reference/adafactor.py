@@ -8,7 +8,8 @@ QUADRATIC = 0.2
 
 
 def _rms(a):
-    return np.sqrt(np.mean(np.square(a)))
+    """Over the whole weight; three dimensions are a stack, of which each matrix is a weight."""
+    return np.sqrt(np.mean(np.square(a), axis=(1, 2) if a.ndim == 3 else None, keepdims=True))
 
 
 def run(
@@ -45,8 +46,8 @@ def run(
             else:
                 full[i] = v = b2 * full.get(i, 0.0) + (1.0 - b2) * square
             u = g / np.sqrt(v)
-            u = u / max(1.0, _rms(u) / clip_threshold)
-            alpha = rho * max(scale_floor, _rms(x[i])) if scale_parameter else rho
+            u = u / np.maximum(1.0, _rms(u) / clip_threshold)
+            alpha = rho * np.maximum(scale_floor, _rms(x[i])) if scale_parameter else rho
             step = alpha * u
             if beta1:
                 step = momentum[i] = beta1 * momentum[i] + (1.0 - beta1) * step
