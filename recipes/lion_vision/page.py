@@ -12,6 +12,7 @@ from lightning_opt.optim import OPTIMIZERS
 from lightning_opt.reports import landscapes
 from lightning_opt.reports.page import Section, render
 from lightning_opt.reports.ranking import t_limit
+from lightning_opt.reports.style import optimizer_colours
 from lightning_opt.reports.tables import Table
 from recipes.lion_vision.trials import Result, Standing
 
@@ -100,7 +101,9 @@ def _section(model: str, ranked: list[Standing]) -> Section:
     table = Table(f"{model}-table", "", header, rows, numeric=frozenset({1, 2, 3, 4}), best=frozenset({0}))
     curves = {OPTIMIZERS[one.optimizer]: (one.rate, _curve(one.fresh)) for one in ranked}
     caption = f"Mean over seeds, averaged over {_SMOOTHED} steps."
-    figure = landscapes.scores(f"{model}-loss", "Training loss by step", caption, "training loss, nats", curves)
+    figure = landscapes.scores(
+        f"{model}-loss", "Training loss by step", caption, "training loss, nats", curves, optimizer_colours(curves)
+    )
     return Section(model, _NAMES[model], "", (figure,), (table,))
 
 

@@ -67,7 +67,7 @@ def test_cautious_steps_and_decay_are_the_published_rule(name, way, cautious, de
         np.testing.assert_allclose(p.detach().numpy(), want, rtol=1e-12, atol=1e-12)
 
 
-def own_block(p, layout):
+def own_block(p, layout, group):
     """Halves of the first dimension where it is even, else everything."""
     return p.numel() // 2 if p.ndim and p.shape[0] % 2 == 0 else p.numel()
 
@@ -119,7 +119,7 @@ def bucket_of(rule, params, grads, states, step=1, **more):
 
 
 def run(way, weights, gradients, *, skips=(), l2=None, **options):
-    rule, cut = made(), lambda p: torch.zeros(p.numel() // own_block(p, {}), dtype=p.dtype)
+    rule, cut = made(), lambda p: torch.zeros(p.numel() // own_block(p, {}, {}), dtype=p.dtype)
     params = [torch.tensor(w) for w in weights]
     params[0] = params[0].t().contiguous().t()  # not in one piece
     states = {"m": [torch.zeros_like(p) for p in params], "v": [cut(p) for p in params]}
@@ -174,7 +174,7 @@ def test_the_sum_does_not_depend_on_threads(dtype):
 
 
 def test_blocks_that_do_not_fill_a_weight_are_refused():
-    rule = made(lambda p, layout: 4)
+    rule = made(lambda p, *_: 4)
     p = torch.ones(6)
     with pytest.raises(ValueError, match="blocks of 4"):
         kernels.run("eager", rule, bucket_of(rule, [p], [p], {"m": [p.clone()], "v": [torch.zeros(1)]}))
@@ -192,7 +192,7 @@ def _on_two(rank: int, store: str) -> None:
     split = lambda a: distribute_tensor(torch.tensor(a), mesh, [Shard(0)])  # noqa: E731
     for cautious in (False, True):
         for way in ("eager", "foreach", "compiled"):
-            rule = made(lambda p, layout: p.numel() // 2 if p.shape[0] == 6 else p.numel())
+            rule = made(lambda p, *_: p.numel() // 2 if p.shape[0] == 6 else p.numel())
             params = [split(w) for w in weights]
             blocks = [2 if p.shape[0] == 6 else 1 for p in params]
             states = [
