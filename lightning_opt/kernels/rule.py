@@ -47,7 +47,7 @@ class Rule:
             what is subtracted from the weight (or writes the weight itself and returns None: see `writes`); plain
             arithmetic, `torch` functions and methods on tensors of one shape, all float32 or all float64: the same code
             runs on tensors, on lists of tensors (`Many`) and through the compiler. Scalars may be floats or 0-dim
-            tensors, so they go where both can (operators, ``mul_``, ``lerp_``; not ``alpha=``).
+            tensors, so they go where both can (operators, ``mul_``, ``lerp_``; not ``alpha=``). None for `whole` rules.
         scalars: ``scalars(step, group) -> {name: float}``: what `update` needs besides tensors, worked out once per
             step in Python's double precision; ``step`` counts from 1 (a `Step`), ``group`` is the parameter group.
         state: names of the state tensors, each shaped like the parameter and zero at first unless `initial` says else.
@@ -75,7 +75,7 @@ class Rule:
     """
 
     name: str
-    update: Callable[..., Any]
+    update: Callable[..., Any] | None
     scalars: Callable[[Step, Mapping[str, Any]], dict[str, float]]
     state: tuple[str, ...]
     defaults: Mapping[str, Any]

@@ -118,11 +118,6 @@ def scalars(step: int, group: Mapping[str, Any]) -> dict[str, float]:
     return {"lr": group["lr"], "momentum": group["momentum"]}
 
 
-def update(p: Any, g: Any, m: Any, *, lr: float, momentum: float) -> Any:
-    """Rules of whole matrices have none."""
-    raise NotImplementedError("Muon sees whole matrices")
-
-
 def averages(bucket: Bucket) -> list[Tensor]:
     """The momenta after this step's gradients, or what Nesterov makes of them, in the dtype of `wide`; not to write."""
     mu, nesterov = bucket.scalars["momentum"], bucket.options.get("nesterov", False)
@@ -184,7 +179,7 @@ def whole(bucket: Bucket) -> list[Tensor]:
 
 RULE = Rule(
     "muon",
-    update,
+    None,
     scalars,
     state=("exp_avg",),
     defaults={

@@ -130,7 +130,7 @@ def whole(bucket: Bucket) -> list[Tensor]:
 
 RULE = Rule(
     "normuon",
-    muon.update,
+    None,
     muon.scalars,
     state=("exp_avg",),
     defaults={**muon.RULE.defaults, "beta2": 0.95},

@@ -163,7 +163,7 @@ def form(group: Mapping[str, Any]) -> Rule:
 
 RULE = Rule(
     "scion",
-    muon.update,
+    None,
     muon.scalars,
     state=("exp_avg",),
     defaults={

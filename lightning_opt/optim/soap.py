@@ -271,7 +271,7 @@ def _next_basis(gram: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
 
 RULE = Rule(
     "soap",
-    lambda *_, **__: None,
+    None,
     scalars,
     state=("rotated_avg", "rotated_avg_sq"),
     defaults={
