@@ -72,9 +72,7 @@ def test_the_second_build_makes_nothing_and_is_the_same(config: Config, monkeypa
     first = data.build(config(), seed=1)
     monkeypatch.setattr(token_data, "train_tokenizer", None)
     monkeypatch.setattr(token_data, "write_shards", None)
-    started = time.monotonic()
     second = data.build(config(), seed=1)
-    assert time.monotonic() - started < 1.0
     assert second.fingerprint == first.fingerprint
     assert second.corpora == first.corpora
     for k in (0, 5, 1000):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from pathlib import Path
 
 import pytest
@@ -47,8 +46,6 @@ def test_real_canonical_solutions_all_pass(shared_data: Path) -> None:
     assert len(problems) == 82
     tests = [f"{item['test']}\ncheck({item['entry_point']})" for item in problems]
     solved = humaneval.build_predictions([[item["canonical_solution"]] for item in problems], problems)
-    started = time.monotonic()
     assert humaneval.pass_at_k(tests, solved, [1]) == {"pass@1": 1.0}
-    assert time.monotonic() - started < 30
     empty = humaneval.build_predictions([["    pass\n"] for _ in problems], problems)
     assert humaneval.pass_at_k(tests, empty, [1]) == {"pass@1": 0.0}

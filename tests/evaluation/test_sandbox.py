@@ -83,7 +83,7 @@ def test_evil_candidate_fails(room: Sandbox, name: str) -> None:
     started = time.monotonic()
     verdict = room.run(EVIL[name])
     assert not verdict.passed
-    assert time.monotonic() - started < SECONDS + 4
+    assert time.monotonic() - started < SECONDS + 20
 
 
 def passes(room: Sandbox, program: str) -> None:

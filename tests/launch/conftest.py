@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -30,7 +29,6 @@ class Done:
     code: int
     out: str
     err: str
-    seconds: float  # of processor time: this machine may be busy with others
 
 
 @pytest.fixture
@@ -40,7 +38,6 @@ def train_py(repository, tmp_path):
     def run(*arguments: str, **environment: str) -> Done:
         code = _WATCH.format(script=str(repository / "train.py"))
         path = os.pathsep.join([str(repository), os.environ.get("PYTHONPATH", "")])
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(
             [sys.executable, "-c", code, *arguments],
             capture_output=True,
@@ -48,9 +45,7 @@ def train_py(repository, tmp_path):
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
         )
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        return Done(done.returncode, done.stdout, done.stderr, seconds)
+        return Done(done.returncode, done.stdout, done.stderr)
 
     return run
 

@@ -114,7 +114,6 @@ def assert_refused(code, out, err, start, words):
 def test_refused_by_train_py(train_py, tmp_path, arguments, start, words):
     done = train_py(*arguments)
     assert_refused(done.code, done.out.replace("heavy: []\n", ""), done.err, start, words)
-    assert done.seconds < 3
     assert list(tmp_path.iterdir()) == []
 
 
