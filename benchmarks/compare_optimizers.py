@@ -9,7 +9,9 @@ Everything is one sweep of `train.py` in one folder, and its run folders are the
 runs what is missing, whatever stopped it. In order: every optimizer at lr_scale 1/4, 1/2, 1, 2 and 4 around the rate of
 its YAML, or the tuned one where that is known; where the best lies at an edge, two more rates beyond it, at most twice;
 then the best rate with fresh seeds. All see the same data, tokens and schedule (schedule-free AdamW its own) and are
-ranked by the mean final validation loss on the fresh seeds, which took no part in the choice of the rate.
+ranked by the mean final validation loss on the fresh seeds, which took no part in the choice of the rate. Only the rate
+is chosen here: decay, betas and the rest are the tuned ones where there are any, else the YAML's; the embedding of
+every rule but Scion learns at three times the rate of the default role.
 
 *behind*: above the best's mean; *beyond noise* where Student's t, with the spread between seeds pooled over all
 optimizers, exceeds its two-sided 5 % limit (no correction for many comparisons). *like momentum or worse*: not beyond
@@ -22,11 +24,13 @@ import argparse
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
+
+import yaml
 
 from benchmarks.record import Page, Table, keep, machine
 from lightning_opt.optim import list_optimizers
@@ -41,6 +45,7 @@ REFERENCE = "momentum"
 TOKENS_PER_STEP = 8 * 256  # of the small models
 MOVES = 2  # how often the grid of rates may move outward
 FURTHER = (2.0, 4.0)  # beyond the edge
+EMBEDDING = 3.0  # its multiple of the other weights' rate, the same for all (results/2026-11-22-tuned-small-models.md)
 
 
 @dataclass(frozen=True)
@@ -67,12 +72,13 @@ class Study:
     folder: Path
     settings: tuple[str, ...] = ()
 
-    def command(self, optimizers: Iterable[str], rates: Iterable[float], seeds: Iterable[int]) -> list[str]:
-        """The sweep that adds these runs to the folder."""
+    def command(self, optimizers: Sequence[str], rates: Iterable[float], seeds: Iterable[int]) -> list[str]:
+        """The sweep that adds these runs to the folder; the optimizers want one `embedding_scale`."""
         return [
             f"optimizer={','.join(optimizers)}",
             f"optimizer.lr_scale={','.join(f'{rate:g}' for rate in rates)}",
             f"seed={','.join(map(str, seeds))}",
+            *(f"optimizer.roles.embedding.lr_scale={scale}" for scale in {*map(embedding_scale, optimizers)} if scale),
             f"model={self.model}",
             f"trainer.max_tokens={self.tokens}",
             "trainer.accelerator=cpu",
@@ -115,30 +121,35 @@ def beyond(found: Mapping[float, float]) -> list[float]:
     return [high * step for step in FURTHER] if best == high else []
 
 
-def by_value(wanted: Mapping[str, Any]) -> Iterator[tuple[Any, list[str]]]:
-    """Optimizers that want the same, together, so that one command runs them side by side."""
-    alike: dict[Any, list[str]] = defaultdict(list)
-    for name, value in wanted.items():
-        if value:
-            alike[value].append(name)
-    yield from alike.items()
+def embedding_scale(optimizer: str) -> float | None:
+    """The embedding's multiple of the rate; None where the rule gives embeddings a norm of their own (Scion)."""
+    roles = yaml.safe_load((ROOT / "conf" / "optimizer" / f"{optimizer}.yaml").read_text())["roles"]
+    if "radius" in roles.get("embedding", {}):
+        return None
+    return round(EMBEDDING * roles["default"].get("lr_scale", 1.0), 6)
 
 
 def run_all(study: Study) -> int:
     """Every run that is missing; 0, or the exit code of a sweep that was refused or stopped."""
-    if code := run(study.command(study.optimizers, study.rates, [TUNING_SEED])):
+
+    def missing(rates: Mapping[str, Sequence[float]], seeds: Sequence[int]) -> int:
+        alike: dict[Any, list[str]] = defaultdict(list)
+        for name, wanted in rates.items():
+            if wanted:
+                alike[tuple(wanted), embedding_scale(name)].append(name)
+        codes = (run(study.command(names, wanted, seeds)) for (wanted, _), names in alike.items())
+        return next(filter(None, codes), 0)
+
+    if code := missing(dict.fromkeys(study.optimizers, study.rates), [TUNING_SEED]):
         return code
     for _ in range(study.moves):
         jobs = jobs_of(study)
-        further = {name: tuple(beyond(losses(jobs[name]))) for name in study.optimizers if losses(jobs[name])}
-        for rates, names in by_value(further):
-            if code := run(study.command(names, rates, [TUNING_SEED])):
-                return code
-    jobs = jobs_of(study)
-    for rate, names in by_value({name: best_rate(losses(jobs[name])) for name in study.optimizers}):
-        if code := run(study.command(names, [rate], study.seeds)):
+        further = {name: beyond(losses(jobs[name])) for name in study.optimizers if losses(jobs[name])}
+        if code := missing(further, [TUNING_SEED]):
             return code
-    return 0
+    jobs = jobs_of(study)
+    best = {name: best_rate(losses(jobs[name])) for name in study.optimizers}
+    return missing({name: [rate] for name, rate in best.items() if rate}, study.seeds)
 
 
 def standing(study: Study) -> tuple[list[dict[str, Any]], str]:

@@ -142,6 +142,7 @@ inline uint32_t mixed(uint32_t x) {
 inline float uniform(uint32_t at) { return float(int32_t(mixed(at) >> 8)) * 0x1p-24f; }
 
 // As in quantised.py, operation by operation; without branches, which would keep the loop out of vector registers.
+inline int32_t magnitude(float x) { int32_t bits; memcpy(&bits, &x, 4); return bits & 0x7FFFFFFF; }  // NaN: the most
 inline float fourth(float c) { return (c * std::abs(c)) * (c * c); }
 inline float code(float x, float inverse, float chance, float levels) {
   const float size = std::abs(x) * inverse;
@@ -238,10 +239,10 @@ static void run(@STREAMS@, const double* numbers, const double* const* factors, 
 """
 
 _ENCODE = """
-    @TOP@ += @BAD@;  // NaN where one of them was not finite
-    @TOP@ = @TOP@ < @TINY@f ? 0.0f : @TOP@;
-    const float inverse@k@ = @TOP@ > 0 ? @LEVELS4@f / @TOP@ : 0.0f;
-    c@k@[from / @BLOCK@] = @TOP@;
+    float most@k@; memcpy(&most@k@, &top@k@, 4);
+    most@k@ = top@k@ >= 0x7F800000 ? NAN : most@k@ < @TINY@f ? 0.0f : most@k@;
+    const float inverse@k@ = most@k@ > 0 ? @LEVELS4@f / most@k@ : 0.0f;
+    c@k@[from / @BLOCK@] = most@k@;
 #pragma omp simd
     for (int64_t i = from; i < to; ++i) {
       const float x = d@k@[i - from], found = code(x, inverse@k@, @CHANCE@, @LEVELS@);
@@ -342,7 +343,7 @@ class _Streams:
             f"    const float scale{k} = c{k}[from / {BLOCK}] * {1 / LEVELS[self.dtypes[k]] ** 4}f;" for k in self.coded
         ]
         if number is None:
-            scales += [f"    float top{k} = 0, bad{k} = 0;" for k in self.coded]
+            scales += [f"    int32_t top{k} = 0;" for k in self.coded]
         parts = {
             "NUMBERS": lines,
             "SCALES": scales,
@@ -351,7 +352,7 @@ class _Streams:
         }
         for key, value in parts.items():
             template = template.replace(f"@{key}@", "\n".join(value))
-        tops = "".join(f" reduction(max : top{k}) reduction(+ : bad{k})" for k in self.coded)
+        tops = "".join(f" reduction(max : top{k})" for k in self.coded)
         values = ", ".join(f"d{k}[{BLOCK}]" for k in self.coded)
         return template.replace("@REDUCTIONS@", tops).replace("@VALUES@", values).replace("@K@", str(number))
 
@@ -363,8 +364,6 @@ class _Streams:
     def _encode(self, k: int, by_chance: bool) -> str:
         signed = self.dtypes[k] == torch.int8
         words = {
-            "TOP": f"top{k}",
-            "BAD": f"bad{k}",
             "TINY": str(TINY),
             "LEVELS4": f"{float(LEVELS[self.dtypes[k]] ** 4)}",
             "LEVELS": f"{float(LEVELS[self.dtypes[k]])}f",
@@ -397,8 +396,8 @@ class _Streams:
         apply(self.rule, self.variant, p, g, states, shrink, l2, named, factors)
         for k in range(len(self.dtypes)):
             if k in self.coded:
-                lines += [f"d{k}[i - from] = v{k};", f"bad{k} += v{k} - v{k};"]
-                lines.append(f"top{k} = std::abs(v{k}) > top{k} ? std::abs(v{k}) : top{k};")
+                lines += [f"d{k}[i - from] = v{k};", f"const int32_t size{k} = magnitude(v{k});"]
+                lines.append(f"top{k} = size{k} > top{k} ? size{k} : top{k};")
             elif k != 1:
                 lines.append(
                     f"s{k}[i].by_chance(v{k}, mixed(salt{k} + uint32_t(i)));" if k in by_chance else f"s{k}[i] = v{k};"

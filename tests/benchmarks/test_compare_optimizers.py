@@ -109,9 +109,19 @@ def test_a_sweep_that_was_stopped_or_refused_stops_the_study(monkeypatch: Any, t
     assert len(asked) == 1
 
 
-def test_optimizers_that_want_the_same_run_in_one_command() -> None:
-    wanted = {"adamw": (8.0, 16.0), "lion": (), "sgd": (8.0, 16.0), "muon": (0.125,), "kron": None}
-    assert dict(compare.by_value(wanted)) == {(8.0, 16.0): ["adamw", "sgd"], (0.125,): ["muon"]}
+def test_embeddings_learn_three_times_as_fast_as_the_default_role_of_each_rule() -> None:
+    found = {name: compare.embedding_scale(name) for name in ("adamw", "muon", "scion", "scion_study")}
+    assert found == {"adamw": 3.0, "muon": 0.9, "scion": None, "scion_study": 0.3}
+
+
+def test_optimizers_that_want_the_same_run_in_one_command(monkeypatch: Any, tmp_path: Path) -> None:
+    asked = []
+    monkeypatch.setattr(compare, "run", lambda words: asked.append(words[:4]) or 0)
+    compare.run_all(study(tmp_path, "lion", "muon", "adamw"))
+    assert [(words[0], words[3]) for words in asked] == [
+        ("optimizer=lion,adamw", "optimizer.roles.embedding.lr_scale=3.0"),
+        ("optimizer=muon", "optimizer.roles.embedding.lr_scale=0.9"),
+    ]
 
 
 @pytest.mark.slow
