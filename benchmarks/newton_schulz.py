@@ -7,12 +7,22 @@
 singular values evenly spread in logarithm from 1 to 1 / condition. *size*: root mean square of the result over that of
 an orthogonal matrix, by which a step is larger or smaller. *cpu ms*: processor time of one matrix, the least of all
 rounds; torch's is `torch.optim.Muon`'s own function, in bfloat16.
+
+*Experts*: a stack of gate and up matrices, each orthogonalised by itself, five steps, milliseconds by the clock, median
+of rounds in which all take turns in an order drawn anew. *batched*: one call of ours; *loop*: ours, matrix by matrix;
+*torch*: its Muon's function, which takes matrices and computes in bfloat16, in a loop; *pytorch_optimizer* and *its
+gram*: its two functions handed the whole stack, in the dtype of the row (its Muon does not: it flattens experts into
+the rows of one matrix). *error*: root mean square of the difference from float64 over that of the result.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import math
+import random
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +34,9 @@ from torch import Tensor
 from benchmarks.record import Page, Table, keep, machine
 from lightning_opt.optim.orthogonal import COEFFICIENTS, orthogonalized
 
+JORDAN = (3.4445, -4.775, 2.0315)
 STEPS = (3, 5, 7, 10)
+_OURS = ("batched", "loop")
 CONDITIONS = (1e1, 1e2, 1e3, 1e5)
 
 
@@ -72,12 +84,70 @@ def speeds(shapes: list[tuple[int, int]], rounds: int) -> list[dict[str, Any]]:
     found = []
     for shape in shapes:
         matrix = torch.randn(shape)
-        torchs = cpu_ms(lambda x=matrix: _zeropower_via_newtonschulz(x, (3.4445, -4.775, 2.0315), 5, 1e-7), rounds)
+        torchs = cpu_ms(lambda x=matrix: _zeropower_via_newtonschulz(x, JORDAN, 5, 1e-7), rounds)
         row: dict[str, Any] = {"matrix": f"{shape[0]} x {shape[1]}", "torch.optim.Muon cpu ms": torchs}
         for dtype in ("float32", "bfloat16", "auto"):
             row[f"{dtype} cpu ms"] = cpu_ms(lambda x=matrix, d=dtype: orthogonalized([x], 5, "jordan", d), rounds)
         found.append(row | {"torch / auto": torchs / row["auto cpu ms"]})
     return found
+
+
+def one_by_one(orthogonalise: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda stack: torch.stack([orthogonalise(matrix) for matrix in stack])
+
+
+def contenders(dtype: str) -> dict[str, Callable[[Tensor], Tensor]]:
+    """By name, what makes every matrix of a stack orthogonal; peers only where they are installed."""
+    from torch.optim._muon import _zeropower_via_newtonschulz as of_torch
+
+    found = {
+        "batched": lambda stack: orthogonalized([stack], 5, "jordan", dtype)[0],
+        "loop": one_by_one(lambda matrix: orthogonalized([matrix], 5, "jordan", dtype)[0]),
+        "torch": one_by_one(lambda matrix: of_torch(matrix, JORDAN, 5, 1e-7)),
+    }
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            from pytorch_optimizer.optimizer.utils import matrix as package
+    except ImportError:
+        return found
+    how = {"num_steps": 5, "dtype": getattr(torch, dtype)}
+    found["pytorch_optimizer"] = lambda stack: package.zero_power_via_newton_schulz_5(stack, **how)
+    found["its gram"] = lambda stack: package.zero_power_via_gram_newton_schulz(stack, **how)
+    return found
+
+
+def experts(shapes: list[tuple[int, int, int]], rounds: int, device: str) -> list[dict[str, Any]]:
+    """Stacks of matrices, by every contender in turn."""
+    rows = []
+    for shape in shapes:
+        stack = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+        exact = orthogonalized([stack.double()], 5, "jordan")[0]
+        for dtype in ("float32", "bfloat16"):
+            ways = contenders(dtype)
+            spent: dict[str, list[float]] = {name: [] for name in ways}
+            order, draw = list(ways), random.Random(0)
+            for _ in range(2 + rounds):
+                draw.shuffle(order)
+                for name in order:
+                    spent[name].append(clock_ms(lambda run=ways[name], x=stack: run(x), device))
+            row: dict[str, Any] = {"experts": shape[0], "matrix": f"{shape[1]} x {shape[2]}", "ours in": dtype}
+            row |= {f"{name} ms": statistics.median(times[2:]) for name, times in spent.items()}
+            row["loop / batched"] = row["loop ms"] / row["batched ms"]
+            row["best peer / batched"] = min(row[f"{n} ms"] for n in ways if n not in _OURS) / row["batched ms"]
+            for name in ways:
+                difference = ways[name](stack).double() - exact
+                row[f"{name} error"] = float(difference.square().mean().sqrt() / exact.square().mean().sqrt())
+            rows.append(row)
+    return rows
+
+
+def clock_ms(work: Callable[[], Any], device: str) -> float:
+    finish = torch.cuda.synchronize if device == "cuda" else lambda: None
+    finish()
+    start = time.perf_counter()
+    work()
+    finish()
+    return (time.perf_counter() - start) * 1e3
 
 
 def main() -> None:
@@ -91,6 +161,11 @@ def main() -> None:
     tables = [
         Table(f"Error, {shape[0]} x {shape[1]}, {dtype}", errors(*shape, dtype)) for dtype in ("float32", "bfloat16")
     ]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    small = [(8, 64, 128), (8, 704, 256)]
+    large = [(128, 1408, 4096)] if device == "cuda" else [(64, 128, 256)]
+    stacks = [(4, 16, 24)] if options.quick else [*small, (16, 352, 512), (128, 64, 128), *large]
+    tables.append(Table(f"Experts on {device}", experts(stacks, 1 if options.quick else 15, device)))
     tables.append(Table("Time of five steps", speeds(shapes, 1 if options.quick else 10)))
     page = Page("newton_schulz", "Newton-Schulz: error and time", "See the module's text.", tables)
     keep(page, where, options.out, suffix="-quick" if options.quick else "")

@@ -8,8 +8,10 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
+import json
 import re
 import sys
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import yaml
 
 from lightning_opt.optim.catalogue import OPTIMIZERS
 from lightning_opt.plan import ConfigError, TunedRecord, one_of, tuned_records
+from lightning_opt.plan.rule_facts import TABLE
 from lightning_opt.plan.values import show
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,12 +63,25 @@ def main(arguments: list[str] | None = None) -> int:
             print(text)
     if asked.write:
         (PAGES / "README.md").write_text(index(), encoding="utf-8")
+        TABLE.write_text(rule_table(), encoding="utf-8")
     return 0
 
 
 def names() -> list[str]:
     """Every optimizer that has a configuration."""
     return sorted(file.stem for file in CONF.glob("*.yaml"))
+
+
+def rule_table() -> str:
+    """What `plan` must know of every rule, one line each, in JSON."""
+    from lightning_opt.optim.catalogue import find_rule
+    from lightning_opt.optim.groups import facts_of
+
+    rows = []
+    for name in sorted(OPTIMIZERS):
+        told = {key: value for key, value in asdict(facts_of(find_rule(name))).items() if value and key != "name"}
+        rows.append(f"  {json.dumps(name)}: {json.dumps(told)}")
+    return "{\n" + ",\n".join(rows) + "\n}\n"
 
 
 def page(name: str) -> str:
@@ -107,10 +123,13 @@ def _block(text: str) -> str:
     """One paragraph of a docstring; what opens with `Tuning:` and the like gets a heading of its own."""
     word, colon, rest = text.partition(":")
     if colon and word in _HEADINGS:
-        rest = rest.strip()
-        rest = re.sub(r"^[a-z]{3,}\b", lambda first: first[0].capitalize(), rest)  # a shorter word may be a symbol
-        return f"## {_HEADINGS[word]}\n\n{rest}"
+        return f"## {_HEADINGS[word]}\n\n{_opened(rest.strip())}"
     return text
+
+
+def _opened(text: str) -> str:
+    """With a capital where it opens with a word; a shorter one than these may be a symbol."""
+    return re.sub(r"^(a|as|by|if|in|no|of|on|to|[a-z]{3,})\b", lambda first: first[0].capitalize(), text)
 
 
 def _use(name: str) -> str:
@@ -280,7 +299,7 @@ def index() -> str:
     rows = []
     for name in names():
         title = story(name)[0]
-        link, what = f"[{name}]({name}.md)", title.partition(":")[2].strip() or title
+        link, what = f"[{name}]({name}.md)", _opened(title.partition(":")[2].strip() or title)
         if name not in OPTIMIZERS:
             rows.append((link, what, "", "", "", str(len(tuned_records(name)) or "")))
             continue

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,24 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("real data not found: set LIGHTNING_OPT_SHARED_DATA to the developers' shared/data folder")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def forks() -> BaseContext:
+    """Makes processes that are forked from one that has loaded what takes seconds: tests wait for that once."""
+    import multiprocessing
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lightning.pytorch", "torch.distributed.fsdp", "transformers.models.llama"])
+    return context
+
+
+@pytest.fixture(scope="session")
+def on_two_ranks(forks: BaseContext) -> Callable[..., None]:
+    """``on_two_ranks(function, *arguments)`` calls ``function(rank, *arguments)`` in two processes."""
+    from torch.multiprocessing import start_processes
+
+    return lambda function, *arguments: start_processes(function, arguments, nprocs=2, start_method="forkserver")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

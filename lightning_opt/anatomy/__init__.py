@@ -9,5 +9,7 @@ __getattr__, __dir__, __all__ = attach(
         "roles": ["ROLES"],
         "layouts": ["LAYOUT", "find_layouts"],
         "experts": ["ExpertLayer", "find_expert_layers"],
+        "expert_traffic": ["ExpertTraffic"],
+        "float32": ["keep_float32"],
     },
 )

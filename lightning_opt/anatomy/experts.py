@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_opt.anatomy.roles import embedding_ids, head_ids
 
 
-@dataclass
+@dataclass(eq=False)
 class ExpertLayer:
     """One layer of experts.
 
@@ -21,6 +20,10 @@ class ExpertLayer:
         top_k: experts per token, None where neither module nor config says.
         experts: parameters of the experts.
         routers: score weights beside them, (count, hidden) or the gate of a shared expert (1, hidden).
+        holder: the module that holds the experts, the first where there are several: of a stack the one that is called
+            with the chosen experts, else the ModuleList, whose members are called.
+        router: the module that holds the scores' weight (count, hidden), None where there is none beside the experts.
+        bias_place: module and name of the buffer that is added to the scores for the choice alone.
     """
 
     name: str
@@ -28,6 +31,14 @@ class ExpertLayer:
     top_k: int | None
     experts: list[nn.Parameter] = field(default_factory=list)
     routers: list[nn.Parameter] = field(default_factory=list)
+    holder: nn.Module | None = None
+    router: nn.Module | None = None
+    bias_place: tuple[nn.Module, str] | None = None
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The correction bias (count,) of today, or None: moving a module to a device makes new buffers."""
+        return None if self.bias_place is None else self.bias_place[0]._buffers[self.bias_place[1]]
 
 
 def find_expert_layers(model: nn.Module) -> list[ExpertLayer]:
@@ -35,22 +46,46 @@ def find_expert_layers(model: nn.Module) -> list[ExpertLayer]:
 
     Experts are 3-D parameters (one slice each) of a module that is no convolution, or equal modules in a ModuleList of
     a module that also says two whole numbers: how many, and fewer than that per token. Routers are the 2-D weights
-    beside them with one row per expert.
+    beside them with one row per expert (deeper in a neighbour where none is right beside them). The correction bias of
+    an auxiliary-loss-free balance (arXiv:2408.15664) is the only saved floating-point buffer there with one entry per
+    expert.
     """
     excluded = embedding_ids(model) | head_ids(model)
     layers = []
     for name, module in model.named_modules():
         for holder in module.children():
             count, experts = _stacked(holder) or _listed(module, holder) or (0, [])
-            if count > 1:
-                inside = {id(p) for p in experts}
-                routers = [
-                    p
-                    for p in _beside(module, holder)
-                    if id(p) not in excluded | inside and p.ndim == 2 and p.shape[0] in (1, count)
-                ]
-                layers.append(ExpertLayer(name, count, _top_k(model, module, count), experts, routers))
+            if layers and (layers[-1].name, layers[-1].count) == (name, count):
+                layers[-1].experts += experts  # a module per map, as in JetMoe
+            elif count > 1:
+                layer = ExpertLayer(name, count, _top_k(model, module, count), experts, holder=holder)
+                _find_router(layer, module, excluded | {id(p) for p in experts})
+                layers.append(layer)
     return layers
+
+
+def _find_router(layer: ExpertLayer, module: nn.Module, excluded: set[int]) -> None:
+    """Fills in what chooses the experts: weights, the module that holds them, correction bias."""
+    near = [module, *(child for child in module.children() if child is not layer.holder)]
+    below = [part for child in near[1:] for part in child.modules() if part is not child]
+    for parts, rows in ((near, (1, layer.count)), (below, (layer.count,))):
+        for part in parts:
+            for weight in part._parameters.values():
+                if weight is None or id(weight) in excluded or weight.ndim != 2 or weight.shape[0] not in rows:
+                    continue
+                layer.routers.append(weight)
+                if weight.shape[0] == layer.count and layer.router is None:
+                    layer.router = part
+        if layer.router is not None:
+            break
+    places = [(part, name) for part in near for name in _saved_buffers(part, (layer.count,))]
+    layer.bias_place = places[0] if len(places) == 1 else None
+
+
+def _saved_buffers(module: nn.Module, shape: tuple[int, ...]) -> list[str]:
+    """Names of a module's own floating-point buffers of a shape that its state_dict holds."""
+    saved = (item for item in module._buffers.items() if item[0] not in module._non_persistent_buffers_set)
+    return [n for n, b in saved if b is not None and b.is_floating_point() and tuple(b.shape) == shape]
 
 
 def _stacked(holder: nn.Module) -> tuple[int, list[nn.Parameter]] | None:
@@ -71,12 +106,6 @@ def _listed(parent: nn.Module, holder: nn.Module) -> tuple[int, list[nn.Paramete
     if len(shapes) != 1 or len(holder) not in _numbers(parent) or _top_k(parent, parent, len(holder)) is None:
         return None
     return len(holder), [p for p in holder.parameters() if p.ndim == 2]
-
-
-def _beside(module: nn.Module, holder: nn.Module) -> Iterator[nn.Parameter]:
-    """Parameters of a module itself and of its children other than `holder`, not deeper."""
-    for neighbour in (module, *(child for child in module.children() if child is not holder)):
-        yield from (p for p in neighbour._parameters.values() if p is not None)
 
 
 def _numbers(module: nn.Module) -> set[int]:

@@ -55,6 +55,11 @@ class Anatomy:
     expert_layers: list[ExpertLayer]
 
     @property
+    def active_non_embedding(self) -> int:
+        """Of the weights counted as `non_embedding` those that take part in one token."""
+        return self.non_embedding - (self.total - self.active)
+
+    @property
     def roles(self) -> dict[str, str]:
         """Parameter name to role."""
         return {info.name: info.role for info in self.parameters}

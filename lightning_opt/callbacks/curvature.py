@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -146,10 +146,3 @@ def _rms(params: Sequence[Tensor]) -> float:
 
 def _whole(value: Any) -> Tensor:
     return value.full_tensor() if hasattr(value, "full_tensor") else value
-
-
-def groups_that_need(optimizer: Any, signal: str) -> list[Mapping[str, Any]]:
-    """The groups of an optimizer whose rule needs a signal."""
-    from lightning_opt.optim import find_rule
-
-    return [group for group in optimizer.param_groups if signal in find_rule(group["rule"]).needs]

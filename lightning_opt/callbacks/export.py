@@ -90,15 +90,16 @@ def verify(folder: Path, state: dict[str, Tensor]) -> None:
         raise OSError(f"{folder} holds {elements} numbers, the model {sum(t.numel() for t in distinct.values())}")
 
 
-def _state(whole: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _state(whole: dict[str, Tensor], dtype: torch.dtype | None, kept: set[str]) -> dict[str, Tensor]:
+    """The tensors in another type, but for those that are `kept`: a correction bias is published in float32."""
     converted: dict[int, Tensor] = {}  # by address, so that tied tensors stay one
 
-    def convert(tensor: Tensor) -> Tensor:
-        if dtype is None or not tensor.is_floating_point():
+    def convert(name: str, tensor: Tensor) -> Tensor:
+        if dtype is None or name in kept or not tensor.is_floating_point():
             return tensor
         return converted.setdefault(tensor.data_ptr(), tensor.to(dtype))
 
-    return {name.replace("_orig_mod.", ""): convert(tensor) for name, tensor in whole.items()}
+    return {name.replace("_orig_mod.", ""): convert(name, tensor) for name, tensor in whole.items()}
 
 
 class Export(pl.Callback):
@@ -114,7 +115,7 @@ class Export(pl.Callback):
     Args:
         directory: the folder to write; ``None`` = ``model`` in the trainer's ``default_root_dir``.
         tokenizer: anything with `save_pretrained`; ``None`` = the module's attribute ``tokenizer``, if it has one.
-        dtype: ``None`` = as trained, or ``float32``, ``bfloat16``, ``float16``.
+        dtype: of the parameters: ``None`` = as trained, or ``float32``, ``bfloat16``, ``float16``.
     """
 
     def __init__(self, directory: str | Path | None = None, tokenizer: Any = None, dtype: str | None = None) -> None:
@@ -163,7 +164,8 @@ class Export(pl.Callback):
             raise NotADirectoryError(f"{directory} is a file")
         shutil.rmtree(beside, ignore_errors=True)
         try:
-            state = _state(full_state(model) if whole is None else whole, DTYPES.get(self.dtype))
+            buffers = {name for name, _ in model.named_buffers()}
+            state = _state(full_state(model) if whole is None else whole, DTYPES.get(self.dtype), buffers)
             with _without_bars():
                 model.save_pretrained(beside, state_dict=dict(state))
             self._describe(model, beside, tokenizer)

@@ -12,16 +12,18 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor
 
+from lightning_opt.anatomy import ExpertTraffic
 from lightning_opt.callbacks.batches import StepLoss
-from lightning_opt.callbacks.curvature import Curvature, groups_that_need
+from lightning_opt.callbacks.curvature import Curvature
+from lightning_opt.callbacks.expert_steps import attention_mask
 from lightning_opt.callbacks.stability import FEWEST, total_norm
-from lightning_opt.plan import ConfigError, check_value
+from lightning_opt.plan import EXPERT_TOKENS, ConfigError, check_value
 
 log = logging.getLogger("lightning_opt.callbacks")
 
 CURVATURE = "hessian_diagonal"
 MEASURED = ("loss_volatility", "grad_norm_change")
-FED = frozenset({"run_length", CURVATURE, *MEASURED})
+FED = frozenset({"run_length", CURVATURE, EXPERT_TOKENS, *MEASURED})
 
 
 class OptimizerSignals(pl.Callback):
@@ -33,6 +35,8 @@ class OptimizerSignals(pl.Callback):
       10 (``window`` if that is less). Neither makes the host wait
     - ``hessian_diagonal``: for Sophia, every ``interval`` steps by its ``estimator`` (`Curvature`); the LightningModule
       must have ``curvature_loss(batch, generator)``
+    - ``expert_tokens``: how many tokens each expert was given in the step, over its micro-batches and all processes,
+      padding (``attention_mask``) left out; for experts that go each their own way (`optim.experts`)
     - averaged weights (schedule-free) are in place while validating and once the fit is over, so they are what is
       exported and scored; checkpoints hold the trained ones, also one that is saved within a validation
     - a change of phase is told to ``on_event`` on the first process
@@ -62,6 +66,7 @@ class OptimizerSignals(pl.Callback):
         self._optimizers: list[Any] = []
         self._curvatures: dict[Any, Curvature] = {}  # of the step under way, by optimizer
         self._undo: list[Callable[[], None]] = []
+        self._traffic: ExpertTraffic | None = None
 
     # -- the fit ----------------------------------------------------------------------------------------------------
 
@@ -96,9 +101,12 @@ class OptimizerSignals(pl.Callback):
             optimizer.train()
             if hasattr(optimizer, "register_switch_hook"):
                 self._start_phases(trainer, optimizer)
+            if EXPERT_TOKENS in optimizer.needs and self._traffic is None:
+                self._traffic = ExpertTraffic.of(pl_module)
+                self._undo.append(self._stop_counting)
             if CURVATURE in optimizer.needs:
                 optimizer.observe(**{CURVATURE: {}})  # between two estimates there is nothing new
-            if not optimizer.needs.isdisjoint((*MEASURED, CURVATURE)):
+            if not optimizer.needs.isdisjoint((*MEASURED, CURVATURE, EXPERT_TOKENS)):
                 self._undo.append(optimizer.register_before_update_hook(self._before_update))
 
     def _start_phases(self, trainer: pl.Trainer, optimizer: Any) -> None:
@@ -117,14 +125,17 @@ class OptimizerSignals(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Where an estimate is due, measures this micro-batch's share of it."""
+        if self._traffic is not None:
+            self._traffic.begin(trainer.global_step, attention_mask(batch))
         for optimizer in self._optimizers:
-            groups = groups_that_need(optimizer, CURVATURE)
+            groups = optimizer.observing(CURVATURE)
             if groups and trainer.global_step % groups[0]["interval"] == 0:
                 if optimizer not in self._curvatures:
                     params = [p for group in groups for p in group["params"]]
                     place = trainer.world_size, trainer.global_rank
                     self._curvatures[optimizer] = Curvature(params, groups[0]["estimator"], trainer.global_step, *place)
-                self._curvatures[optimizer].add(pl_module, batch, trainer.precision_plugin.train_step_context())
+                with ExpertTraffic.paused(pl_module):
+                    self._curvatures[optimizer].add(pl_module, batch, trainer.precision_plugin.train_step_context())
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Takes a micro-batch's loss."""
@@ -143,6 +154,13 @@ class OptimizerSignals(pl.Callback):
             optimizer.observe(**{name: value for name, value in values.items() if name in optimizer.needs})
         if (curvature := self._curvatures.pop(optimizer, None)) is not None:
             optimizer.observe(**{CURVATURE: curvature.estimate()})
+        if self._traffic is not None and EXPERT_TOKENS in optimizer.needs:
+            optimizer.observe(**{EXPERT_TOKENS: self._traffic.by_parameter()})
+
+    def _stop_counting(self) -> None:
+        if self._traffic is not None:
+            self._traffic.close()
+            self._traffic = None
 
     # -- loss and gradient norm -------------------------------------------------------------------------------------
 

@@ -28,10 +28,12 @@ def banner(folder: Path, plan: dict[str, Any], env: dict[str, Any]) -> None:
         device = f"{env['strategy']} × {env['world_size']}{nodes}, each {device}"
     log.info("run        %s", folder)
     log.info("device     %s; %s: %s", device, plan["precision"], plan["precision_reason"])
+    total, used = plan["params_total"], plan["params_active"]
     log.info(
-        "model      %s: %s parameters, %s without embeddings",
+        "model      %s: %s parameters%s, %s without embeddings",
         plan["model"],
-        _count(plan["params_total"]),
+        _count(total),
+        f" of which a token uses {_count(used)}" if used < total else "",
         _count(plan["params_non_embedding"]),
     )
     log.info(

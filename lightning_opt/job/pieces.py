@@ -17,20 +17,28 @@ if TYPE_CHECKING:
 
 
 def flops_per_token(model: Any, non_embedding: int, sequence_length: int) -> float | None:
-    """Training FLOPs per token; None for a model whose shape is not told the usual way."""
+    """Training FLOPs per token of a model, so many of whose weights without embedding and head one token uses.
+
+    None where the shape is not told the usual way.
+    """
     shape = getattr(model, "config", None)
     sizes = [getattr(shape, name, None) for name in ("num_hidden_layers", "hidden_size", "vocab_size")]
     if None in sizes:
         return None
     layers, hidden, vocabulary = sizes
-    return flops_of_shape(non_embedding, layers, hidden, sequence_length, vocabulary)
+    heads, one, keys, values = (
+        getattr(shape, name, None) for name in ("num_attention_heads", "head_dim", "qk_head_dim", "v_head_dim")
+    )
+    head = (keys + values) / 2 if keys and values else one  # DeepSeek's heads compare and carry different widths
+    width = heads * head if heads and head else hidden
+    return flops_of_shape(non_embedding, layers, hidden, sequence_length, vocabulary, width)
 
 
 def rehearse(config: dict[str, Any]) -> None:
     """Builds the optimizer over a stand-in with a weight of every kind, before data and model cost time.
 
     Raises:
-        ConfigError: its settings are wrong, the schedule is not for it, or nobody feeds the signals it needs.
+        ConfigError: its settings are wrong; what no tensor is needed for was seen by `plan.check`.
     """
     import torch
     from torch import nn
@@ -48,15 +56,6 @@ def rehearse(config: dict[str, Any]) -> None:
         raise ConfigError("optimizer", config["optimizer"]["name"], str(error)) from error
     if (mode := config["trainer"].get("update_in_backward", "off")) != "off":
         releasing.refuse(optimizer, clip_each=mode == "clip_each")
-    schedule = config["schedule"]
-    if optimizer.averages and (schedule["name"] != "constant" or schedule["warmup"]):
-        what = "must be flat beside an optimizer that averages its iterates and warms up by itself: schedule=flat"
-        raise ConfigError("schedule", schedule["name"], what)
-    targets = [str(entry.get("_target_")) for entry in (config["callbacks"] or {}).values() if entry]
-    fed = any(not t.startswith("lightning_opt.") or t.endswith(".OptimizerSignals") for t in targets)
-    if optimizer.needs and not fed:
-        what = f"needs {', '.join(sorted(optimizer.needs))}: the callback OptimizerSignals (callbacks.signals) feeds it"
-        raise ConfigError("optimizer", config["optimizer"]["name"], what)
 
 
 def module(config: dict[str, Any], plan: RunPlan, model: Any, optimizer: Any, token_data: Any) -> Any:

@@ -199,7 +199,7 @@ def _train(
     )
     described = anatomy.describe(model)
     optimizer = optim.build(model, config["optimizer"])
-    flops = pieces.flops_per_token(model, described.non_embedding, plan.sequence_length)
+    flops = pieces.flops_per_token(model, described.active_non_embedding, plan.sequence_length)
     strategy = config["trainer"]["strategy"] if plan.devices > 1 else "auto"
     precision = training.choose_precision(config["trainer"]["precision"], config["trainer"]["accelerator"], strategy)
     module = pieces.module(config, plan, model, optimizer, token_data)

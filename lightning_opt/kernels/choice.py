@@ -72,6 +72,7 @@ def choose(
         if has_fused:
             return Choice("fused", "as asked, torch's kernel")
         what = f"{_names(dtypes)} on {device.type}" if one_count else "states of several ages"
+        what = "experts that go each their own way" if variant.experts else what
         return Choice("foreach", f"torch's fused {rule.name} does not take {what}")
     if asked == "compiled":
         can, why = compiled.possible(rule, variant, device, tuple(dtypes))

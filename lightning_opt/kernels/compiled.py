@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_opt.kernels import cpp, foreach, native
 from lightning_opt.kernels.device import can_compile
 from lightning_opt.kernels.measuring import factors
-from lightning_opt.kernels.rule import Bucket, Rule, Variant, apply, measures, scratch, summand, wide, write
+from lightning_opt.kernels.rule import Bucket, Course, Rule, Variant, apply, measures, scratch, summand, wide, write
 
 log = logging.getLogger("lightning_opt.kernels")
 
@@ -78,6 +78,7 @@ def _graph(rule: Rule, names: tuple[str, ...], variant: Variant) -> Callable[...
         skip: Tensor | None,
         factors: list[list[Tensor]],
         firsts: list[int] | None,
+        experts: list[Tensor] | None,
         params: list[Tensor],
         grads: list[Tensor],
         *states: list[Tensor],
@@ -87,12 +88,14 @@ def _graph(rule: Rule, names: tuple[str, ...], variant: Variant) -> Callable[...
         named = dict(zip(names, scalars, strict=True))
         for i, (p, g, *state) in enumerate(zip(params, grads, *states, strict=True)):
             stored = (p, *state)
-            computed = [scratch(tensor, skip) for tensor in stored]
+            course = Course.of(rule, shrink, l2, skip, experts[i] if experts else None, p)
+            computed = [scratch(tensor, course.stays(k)) for k, tensor in enumerate(stored)]
             known = [column[i].reshape(()) for column in factors]
-            apply(rule, variant, computed[0], wide(g), computed[1:], shrink, l2, named, known)
+            decay = course.shrink, course.l2
+            apply(rule, variant, computed[0], wide(g), computed[1:], *decay, named, known, course.rate)
             for k, (old, new) in enumerate(zip(stored, computed, strict=True)):
                 if new is not old:
-                    write(old, new, skip, variant.salt(k, old.dtype, step, firsts[i] if firsts else 0))
+                    write(old, new, course.stays(k), variant.salt(k, old.dtype, step, firsts[i] if firsts else 0))
 
     return _own(update_all, f"update_{rule.name}")
 
@@ -101,7 +104,12 @@ def _sums(rule: Rule, names: tuple[str, ...], variant: Variant, number: int) -> 
     """As `_graph`, for the sums of one measurement over every tensor."""
 
     def sum_all(
-        numbers: Tensor, factors: list[list[Tensor]], params: list[Tensor], grads: list[Tensor], *states: list[Tensor]
+        numbers: Tensor,
+        factors: list[list[Tensor]],
+        experts: list[Tensor] | None,
+        params: list[Tensor],
+        grads: list[Tensor],
+        *states: list[Tensor],
     ) -> list[Tensor]:
         _, l2, _, *scalars = numbers.to(wide(params[0]).dtype).unbind()
         named = dict(zip(names, scalars, strict=True))
@@ -109,7 +117,8 @@ def _sums(rule: Rule, names: tuple[str, ...], variant: Variant, number: int) -> 
         for i, (p, g, *state) in enumerate(zip(params, grads, *states, strict=True)):
             copies = [wide(tensor).clone() for tensor in state]
             known = [column[i].reshape(()) for column in factors]
-            x = summand(rule, variant, number, wide(p), wide(g), copies, l2, named, known)
+            its_l2 = Course.of(rule, None, l2, None, experts[i] if experts else None, p).l2
+            x = summand(rule, variant, number, wide(p), wide(g), copies, its_l2, named, known)
             totals.append(x.sum(dtype=wide(p).dtype))
         return totals
 
@@ -158,6 +167,7 @@ def _run_graph(rule: Rule, bucket: Bucket) -> list[int]:
     numbers = numbers.to(bucket.params[0].device, non_blocking=True)
     for i, value in measured.items():
         numbers[i].copy_(value)
-    found = factors(rule, bucket, lambda number, known: sums[number](numbers, known, *lists))
-    call(numbers, bucket.skip, found, bucket.firsts, *lists)
+    experts = None if bucket.experts is None else [bucket.experts_of(i) for i in range(len(bucket.params))]
+    found = factors(rule, bucket, lambda number, known: sums[number](numbers, known, experts, *lists))
+    call(numbers, bucket.skip, found, bucket.firsts, experts, *lists)
     return []

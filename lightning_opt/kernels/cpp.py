@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_opt.kernels import cpp_text
 from lightning_opt.kernels.quantised import BLOCK, LEVELS, TINY
 from lightning_opt.kernels.rule import Rule, Variant, apply, measures, summand
 from lightning_opt.kernels.tensor_like import TensorLike
@@ -46,7 +47,7 @@ _SPELLING = {
     "addcdiv": "{0} + {1} / {2}",
     "maximum": "larger({0}, {1})",
     "minimum": "smaller({0}, {1})",
-    "clamp": "smaller(larger({0}, {1}), {2})",
+    "clamp": "clamp({0}, {1}, {2})",
     "where": "{0} ? {1} : {2}",
     "gt": "{0} > {1}",
     "lt": "{0} < {1}",
@@ -112,161 +113,9 @@ _TYPES = {
     torch.uint8: "uint8_t",
 }
 
-# The list is one long row cut into blocks that threads take as they come free: small tensors cost no call of their own,
-# and a thread that was held up does not hold up the others.
-_SOURCE = """
-#include <cmath>
-#include <cstdint>
-#include <cstring>
 
-struct bfloat16 {
-  uint16_t bits;
-  operator float() const { uint32_t wide = uint32_t(bits) << 16; float x; memcpy(&x, &wide, 4); return x; }
-  bfloat16& operator=(float x) {
-    uint32_t wide; memcpy(&wide, &x, 4);
-    bits = x != x ? 0x7FC0 : uint16_t((wide + 0x7FFF + ((wide >> 16) & 1)) >> 16);  // to nearest, ties to even
-    return *this;
-  }
-  void by_chance(float x, uint32_t random) {
-    uint32_t wide; memcpy(&wide, &x, 4);
-    const bool finite = (wide & 0x7F800000) != 0x7F800000;
-    bits = finite ? uint16_t((wide + (random & 0xFFFF)) >> 16) : x != x ? 0x7FC0 : uint16_t(wide >> 16);
-  }
-};
-
-inline uint32_t mixed(uint32_t x) {
-  x = (x ^ (x >> 16)) * 0x7FEB352Du;
-  x = (x ^ (x >> 15)) * 0x846CA68Bu;
-  return x ^ (x >> 16);
-}
-inline float uniform(uint32_t at) { return float(int32_t(mixed(at) >> 8)) * 0x1p-24f; }
-
-// As in quantised.py, operation by operation; without branches, which would keep the loop out of vector registers.
-inline int32_t magnitude(float x) { int32_t bits; memcpy(&bits, &x, 4); return bits & 0x7FFFFFFF; }  // NaN: the most
-inline float fourth(float c) { return (c * std::abs(c)) * (c * c); }
-inline float code(float x, float inverse, float chance, float levels) {
-  const float size = std::abs(x) * inverse;
-  const float low = float(int32_t(std::sqrt(std::sqrt(size)))), high = low + 1;
-  const float below = (low * low) * (low * low), above = (high * high) * (high * high);
-  const float found = low + float(size - below > chance * (above - below));
-  return found < levels ? found : levels;
-}
-
-using T = @T@;
-template <class V> inline V sign(V a) { return V((a > 0) - (a < 0)); }
-template <class V> inline V lerp(V a, V b, V w) {
-  return std::abs(w) < V(0.5) ? a + w * (b - a) : b - (b - a) * (1 - w);
-}
-template <class V> inline V larger(V a, V b) { return a > b || a != a ? a : b; }
-template <class V> inline V smaller(V a, V b) { return a < b || a != a ? a : b; }
-
-// What `apply` does to a stretch of one tensor, and what it first sums up over it.
-@FUNCTIONS@
-
-template <class F> static void walk(int64_t count, const int64_t* starts, int threads, F visit) {
-  const int64_t block = 1 << 16, total = starts[count], blocks = (total + block - 1) / block;
-#pragma omp parallel for schedule(dynamic) num_threads(blocks < 1 ? 1 : blocks < threads ? int(blocks) : threads)
-  for (int64_t b = 0; b < blocks; ++b) {
-    int64_t from = b * block, tensor = 0, beyond = count;
-    const int64_t to = total < from + block ? total : from + block;
-    while (beyond - tensor > 1) {
-      const int64_t middle = (tensor + beyond) / 2;
-      (starts[middle] <= from ? tensor : beyond) = middle;
-    }
-    for (; from < to; ++tensor) {
-      const int64_t end = to < starts[tensor + 1] ? to : starts[tensor + 1];
-      visit(b, tensor, from - starts[tensor], end - from);
-      from = end;
-    }
-  }
-}
-
-extern "C" void update(int64_t count, const int64_t* starts, void* const* at, const double* numbers,
-                       const double* const* factors, int threads) {
-  walk(count, starts, threads, [=](int64_t, int64_t tensor, int64_t i, int64_t n) {
-@CLIP@
-    run(@POINTERS@, numbers, factors, tensor, i, n);
-  });
-}
-@SUMS@
-"""
-
-# Stretches of one block and tensor each have a place of their own in `partial`, so the sum does not depend on which
-# thread was where.
-_SUM = """
-extern "C" void sum@K@(int64_t count, const int64_t* starts, void* const* at, const double* numbers,
-                     const double* const* factors, int threads, double* partial, double* totals) {
-  walk(count, starts, threads, [=](int64_t b, int64_t tensor, int64_t i, int64_t n) {
-@CLIP@
-    partial[b + tensor] = add@K@(@POINTERS@, numbers, factors, tensor, n);
-  });
-  const int64_t block = 1 << 16;
-  for (int64_t tensor = 0; tensor < count; ++tensor) {
-    totals[tensor] = 0;
-    for (int64_t b = starts[tensor] / block; b * block < starts[tensor + 1]; ++b)
-      if (starts[tensor] < starts[tensor + 1]) totals[tensor] += partial[b + tensor];
-  }
-}
-"""
-
-_RUN = """
-static void run(@STREAMS@, const double* numbers, const double* const* factors, int64_t tensor, int64_t first,
-                int64_t n) {
-@NUMBERS@
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-@BODY@
-  }
-}
-"""
-
-# With states in codes: a block of them at a time, whose values never leave the cache.
-_RUN_CODED = """
-static void run(@STREAMS@, const double* numbers, const double* const* factors, int64_t tensor, int64_t first,
-                int64_t n) {
-@NUMBERS@
-  float @VALUES@;
-  for (int64_t from = 0; from < n; from += @BLOCK@) {
-    const int64_t to = n < from + @BLOCK@ ? n : from + @BLOCK@;
-@SCALES@
-#pragma omp simd@REDUCTIONS@
-    for (int64_t i = from; i < to; ++i) {
-@BODY@
-    }
-@ENCODE@
-  }
-}
-"""
-
-_ENCODE = """
-    float most@k@; memcpy(&most@k@, &top@k@, 4);
-    most@k@ = top@k@ >= 0x7F800000 ? NAN : most@k@ < @TINY@f ? 0.0f : most@k@;
-    const float inverse@k@ = most@k@ > 0 ? @LEVELS4@f / most@k@ : 0.0f;
-    c@k@[from / @BLOCK@] = most@k@;
-#pragma omp simd
-    for (int64_t i = from; i < to; ++i) {
-      const float x = d@k@[i - from], found = code(x, inverse@k@, @CHANCE@, @LEVELS@);
-      s@k@[i] = @SIGNED@;
-    }
-"""
-
-_ADD = """
-static double add@K@(@STREAMS@, const double* numbers, const double* const* factors, int64_t tensor, int64_t n) {
-@NUMBERS@
-  double total = 0;
-  for (int64_t from = 0; from < n; from += @PART@) {  // short sums in T, which a double then adds up
-    const int64_t to = n < from + @PART@ ? n : from + @PART@;
-@SCALES@
-    T sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = from; i < to; ++i) {
-@BODY@
-    }
-    total += sum;
-  }
-  return total;
-}
-"""
+# What an expert has of its own: rate, shrink, l2, whether its states stay, and its first element in the weight.
+EXPERT_COLUMNS = 5
 
 
 def possible(dtypes: tuple[torch.dtype, ...]) -> bool:
@@ -285,17 +134,17 @@ def source(rule: Rule, names: tuple[str, ...], variant: Variant, dtypes: tuple[t
             each begins when all are laid end to end (one more entry than tensors). Where states are in codes, a
             tensor's addresses are followed by those of the scales of each such state and its number of elements, and
             `starts` leaves it room for whole blocks. `factors` holds an address for each measurement, with one number
-            per tensor there.
+            per tensor there; where experts go each their own way, before these `EXPERT_COLUMNS` more.
 
     Raises:
         NotInCpp: where the rule uses what has no spelling here.
     """
     streams = _Streams(rule, names, variant, dtypes)
     found = range(len(measures(rule, variant)))
-    functions = [streams.filled(_RUN_CODED if streams.coded else _RUN, None, found)]
-    functions += [streams.filled(_ADD, k, found[:k]) for k in found]
-    sums = [_SUM.replace("@K@", str(k)) for k in found]
-    text = _SOURCE.replace("@FUNCTIONS@", "".join(functions)).replace("@SUMS@", "".join(sums))
+    functions = [streams.filled(cpp_text.RUN_CODED if streams.coded else cpp_text.RUN, None, found)]
+    functions += [streams.filled(cpp_text.ADD, k, found[:k]) for k in found]
+    sums = [cpp_text.SUM.replace("@K@", str(k)) for k in found]
+    text = cpp_text.SOURCE.replace("@FUNCTIONS@", "".join(functions)).replace("@SUMS@", "".join(sums))
     for key, value in streams.shared().items():
         text = text.replace(f"@{key}@", value)
     return text
@@ -330,8 +179,9 @@ class _Streams:
 
     def filled(self, template: str, number: int | None, known: range) -> str:
         """One function: the update (`number` None) or the sum of a measurement, with the factors `known` before it."""
-        lines = [f"  const double {n} = numbers[{k}];" for k, n in enumerate(("shrink", "l2", "updates", *self.names))]
-        lines += [f"  const double factor{k} = factors[{k}][tensor];" for k in known]
+        lines = [f"  const double {n} = numbers[{k}];" for k, n in enumerate(("updates", *self.names), 2)]
+        lines += self._own_way(number is None)
+        lines += [f"  const double factor{k} = factors[{k + self._columns}][tensor];" for k in known]
         by_chance = {k: self._salt(k) for k in range(len(self.dtypes)) if k != 1 and self._salt(k) is not None}
         if number is None and by_chance:
             lines.append("  const uint32_t seed = uint32_t(uint64_t(updates)) * 0x9E3779B9u;")
@@ -356,6 +206,28 @@ class _Streams:
         values = ", ".join(f"d{k}[{BLOCK}]" for k in self.coded)
         return template.replace("@REDUCTIONS@", tops).replace("@VALUES@", values).replace("@K@", str(number))
 
+    @property
+    def _columns(self) -> int:
+        return EXPERT_COLUMNS if self.variant.experts else 0
+
+    def _own_way(self, updates: bool) -> list[str]:
+        """Decay, which is the same for all tensors or else comes with what else each expert has of its own."""
+        if not self.variant.experts:
+            return ["  const double shrink = numbers[0], l2 = numbers[1];"]
+        lines = ["  const double own_rate = factors[0][tensor], shrink = factors[1][tensor], l2 = factors[2][tensor];"]
+        if updates:
+            lines.append("  const bool hold = factors[3][tensor] > 0;")
+            lines.append("  if (own_rate == 0 && shrink == 1 && hold) return;")
+            lines.append("  first += int64_t(factors[4][tensor]);")
+        return lines
+
+    def _stored(self, k: int, by_chance: bool) -> str:
+        """Writes the k-th of weight, gradient and states, unless it stays."""
+        stays = ("hold" if k else "own_rate == 0" if self.rule.writes else "") if self.variant.experts else ""
+        if by_chance:
+            return f"{f'if (!({stays})) ' if stays else ''}s{k}[i].by_chance(v{k}, mixed(salt{k} + uint32_t(i)));"
+        return f"s{k}[i] = {stays} ? T(s{k}[i]) : v{k};" if stays else f"s{k}[i] = v{k};"
+
     def _salt(self, k: int) -> int | None:
         """The stream (of `quantised.salt_of`) by which the k-th of weight, gradient and states is rounded."""
         stream = max(0, k - 1)
@@ -373,10 +245,10 @@ class _Streams:
             else "uint8_t(int32_t(found + float(x > 0) * float(found < 1)))",
             "k": str(k),
         }
-        text = _ENCODE
+        text = cpp_text.ENCODE
         for key, value in words.items():
             text = text.replace(f"@{key}@", value)
-        return text
+        return f"    if (!hold) {{{text}    }}" if self.variant.experts else text
 
     def _body(self, number: int | None, by_chance: dict[int, int]) -> list[str]:
         """The statements for one element: of the update (`number` None), or of the summand of a measurement."""
@@ -393,13 +265,12 @@ class _Streams:
         if number is not None:
             result = summand(self.rule, self.variant, number, p, g, states, l2, named, factors)
             return [*loads, *lines, f"sum += {result.name};"]
-        apply(self.rule, self.variant, p, g, states, shrink, l2, named, factors)
+        rate = Code("own_rate", lines, False) if self.variant.experts else None
+        apply(self.rule, self.variant, p, g, states, shrink, l2, named, factors, rate)
         for k in range(len(self.dtypes)):
             if k in self.coded:
                 lines += [f"d{k}[i - from] = v{k};", f"const int32_t size{k} = magnitude(v{k});"]
                 lines.append(f"top{k} = size{k} > top{k} ? size{k} : top{k};")
             elif k != 1:
-                lines.append(
-                    f"s{k}[i].by_chance(v{k}, mixed(salt{k} + uint32_t(i)));" if k in by_chance else f"s{k}[i] = v{k};"
-                )
+                lines.append(self._stored(k, k in by_chance))
         return [*loads, *lines]

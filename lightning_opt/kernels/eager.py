@@ -17,13 +17,15 @@ def run(rule: Rule, bucket: Bucket) -> None:
     variant = bucket.variant
     for i, (p, g, *states) in enumerate(zip(bucket.params, bucket.grads, *bucket.states, strict=True)):
         stored = (p, *states)
-        computed = [shaped(rule, bucket, i, scratch(tensor, bucket.skip)) for tensor in stored]
+        course = bucket.course(rule, i, shaped(rule, bucket, i, p))
+        computed = [shaped(rule, bucket, i, scratch(tensor, course.stays(k))) for k, tensor in enumerate(stored)]
         g = shaped(rule, bucket, i, wide(g))
         named = [aligned(rule, bucket, i, column[i]) for column in found]
-        apply(rule, variant, computed[0], g, computed[1:], bucket.shrink, bucket.l2, bucket.scalars, named)
+        decay, rate = (course.shrink, course.l2), course.rate
+        apply(rule, variant, computed[0], g, computed[1:], *decay, bucket.scalars, named, rate)
         for k, (old, new) in enumerate(zip(stored, computed, strict=True)):
             salt = variant.salt(k, old.dtype, bucket.step, bucket.firsts[i] if bucket.firsts else 0)
-            write_back(old, new, bucket.skip, salt)
+            write_back(old, new, course.stays(k), salt)
 
 
 def write_back(old: Tensor | Coded, new: Tensor, skip: Tensor | None, salt: Any = None) -> None:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from lightning_opt.kernels import eager
+from lightning_opt.kernels.experts import kept
 from lightning_opt.kernels.many import Many
 from lightning_opt.kernels.measuring import by_tensor, factors
 from lightning_opt.kernels.quantised import LEVELS
-from lightning_opt.kernels.rule import Bucket, Rule, apply, kept, scratch, wide
+from lightning_opt.kernels.rule import Bucket, Rule, apply, scratch, wide
 
 BLOCK = 1 << 15  # elements; torch's own limit below which a CPU op does not use threads
 # Elements of one list. Temporaries are several times that; a GPU wants enough to fill the machine.
@@ -50,11 +51,13 @@ def _lists(rows: Iterator[Row], limit: int) -> Iterator[list[Row]]:
 
 
 def run(rule: Rule, bucket: Bucket) -> None:
-    """Carries the update out in place; what has blocks, or is rounded by chance, is eager's."""
+    """Carries the update out in place; what has blocks, is rounded by chance, or is stacks of experts that go each its
+    own way (large tensors, so that launching counts for nothing), is eager's.
+    """
     in_blocks = rule.measure is not None and rule.measure.block is not None
     variant, dtypes = bucket.variant, bucket.dtypes
     by_chance = variant.random_weights or variant.random_states
-    if in_blocks or by_chance or any(dtype in LEVELS for dtype in dtypes):
+    if in_blocks or by_chance or variant.experts or any(dtype in LEVELS for dtype in dtypes):
         eager.run(rule, bucket)
         return
     device = bucket.params[0].device.type

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from lightning_opt.kernels import foreach
-from lightning_opt.kernels.rule import Bucket, Rule, kept
+from lightning_opt.kernels.experts import kept
+from lightning_opt.kernels.rule import Bucket, Rule
 
 _DEVICES = ("cpu", "cuda", "mps", "xpu")
 _ONLY = {"adagrad": ("cpu", "cuda")}  # where torch has the kernel on fewer devices

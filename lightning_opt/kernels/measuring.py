@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_opt.kernels.rule import Bucket, Measure, Rule, measures, scratch, summand, wide, write
+from lightning_opt.kernels.rule import Bucket, Measure, Rule, measures, scratch, states_stay, summand, wide, write
 
 Factors = list[list[Tensor]]  # one list per measurement, in it one tensor per weight with one number per block
 Totals = Callable[[int, Factors], Sequence[Tensor]]
@@ -40,11 +40,12 @@ def _factors(measure: Measure, bucket: Bucket, sums: Sequence[Tensor]) -> list[T
     made = []
     for i, (mine, number) in enumerate(zip(total.split(sizes), count.split(sizes), strict=True)):
         old = [column[i] for column in bucket.block_states]
-        new = [scratch(state, bucket.skip) for state in old]
+        stays = states_stay(bucket.skip, bucket.experts[i] if bucket.experts else None)
+        new = [scratch(state, stays) for state in old]
         made.append(measure.factor(mine, number, *new, **bucket.scalars))
         for before, after in zip(old, new, strict=True):
             if after is not before:
-                write(before, after, bucket.skip)
+                write(before, after, stays)
     return made
 
 
@@ -70,7 +71,8 @@ def by_tensor(rule: Rule, bucket: Bucket) -> Totals:
             p, g, *states = cut
             states = [t.clone() for t in states]
             named = [aligned(rule, bucket, i, column[i]) for column in found]
-            x = summand(rule, bucket.variant, number, p, g, states, bucket.l2, bucket.scalars, named)
+            l2 = bucket.course(rule, i, p).l2
+            x = summand(rule, bucket.variant, number, p, g, states, l2, bucket.scalars, named)
             sums.append(_by_block(rule, bucket, i, x) if in_blocks else x.sum(dtype=p.dtype).reshape(1))
         return sums
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import inspect
-import itertools
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -109,7 +108,8 @@ def run(rule: Rule, bucket: Bucket) -> list[int]:
     rows = list(zip(bucket.params, bucket.grads, *bucket.states, strict=True))
     in_blocks = rule.measure is not None and rule.measure.block is not None
     by_chance = bucket.variant.random_weights or bucket.variant.random_states or torch.uint8 in bucket.dtypes
-    if (in_blocks and (by_chance or _coded(bucket))) or (bucket.wholes is not None and by_chance):
+    coded = any(dtype in LEVELS for dtype in bucket.dtypes)
+    if (in_blocks and (by_chance or coded)) or (bucket.wholes is not None and by_chance):
         return list(range(len(rows)))  # the C++ counts elements from the beginning of what it takes for a tensor
     left = [i for i, row in enumerate(rows) if not _plain(row)]
     if left:
@@ -125,21 +125,20 @@ def _plain(row: tuple[Tensor | Coded, ...]) -> bool:
     return all(type(t) in _PLAIN and t.is_contiguous() and t.numel() == size for t in found)
 
 
-def _coded(bucket: Bucket) -> bool:
-    return any(dtype in LEVELS for dtype in bucket.dtypes)
-
-
 def _call(rule: Rule, bucket: Bucket, update: Callable[..., None], sums: list[Callable[..., None]]) -> None:
     rows = list(zip(bucket.params, bucket.grads, *bucket.states, strict=True))
     parts = [max(1, row[0].numel() // max(1, block_size(rule, bucket, i))) for i, row in enumerate(rows)]
-    starts, at = _coded_entries(rows) if _coded(bucket) else _entries(rows, parts)
+    experts = [bucket.experts_of(i) for i in range(len(rows))] if bucket.experts is not None else []
+    parts = [max(n, each.shape[1]) for n, each in zip(parts, experts, strict=True)] if experts else parts
+    starts, at = _entries(rows, parts)
     shrink = 1.0 if bucket.shrink is None else bucket.shrink
     scalars = [bucket.scalars[name] for name in _scalars(rule)]
     numbers = torch.tensor([shrink, bucket.l2 or 0.0, bucket.step, *scalars], dtype=torch.float64)
     count, threads = len(starts) - 1, torch.get_num_threads()
+    own = _of_experts(rows, parts, experts) if experts else []
 
     def call(function: Callable[..., None], found: Factors, *more: Tensor) -> None:
-        columns = [
+        columns = own + [
             torch.cat([f.reshape(-1).expand(n) for f, n in zip(column, parts, strict=True)]).double()
             for column in found
         ]
@@ -162,27 +161,35 @@ def _call(rule: Rule, bucket: Bucket, update: Callable[..., None], sums: list[Ca
     torch.autograd.graph.increment_version(written)  # autograd must see that saved weights were overwritten
 
 
-def _entries(rows: list[tuple[Tensor, ...]], parts: list[int]) -> tuple[Tensor, Tensor]:
-    """Where each tensor, or block of one, begins when all are laid end to end, and the addresses of its numbers."""
-    sizes = [row[0].numel() // n for row, n in zip(rows, parts, strict=True)]
-    if all(n == 1 for n in parts):
-        at = torch.tensor([t.data_ptr() for row in rows for t in row], dtype=torch.int64)
-        return torch.tensor(list(itertools.accumulate(sizes, initial=0)), dtype=torch.int64), at
-    addresses = []
-    for row, size, n in zip(rows, sizes, parts, strict=True):
-        first = torch.tensor([t.data_ptr() for t in row], dtype=torch.int64)
-        width = torch.tensor([size * t.element_size() for t in row], dtype=torch.int64)
-        addresses.append((first + torch.arange(n).unsqueeze(1) * width).reshape(-1))
-    ends = torch.repeat_interleave(torch.tensor(sizes), torch.tensor(parts)).cumsum(0)
-    return torch.cat([torch.zeros(1, dtype=torch.int64), ends]), torch.cat(addresses)
+def _of_experts(rows: list[tuple[Any, ...]], parts: list[int], experts: list[Tensor]) -> list[Tensor]:
+    """`cpp.EXPERT_COLUMNS` columns, one number per entry in each."""
+    found = []
+    for row, n, each in zip(rows, parts, experts, strict=True):
+        numbers = each.double().repeat_interleave(n // max(1, each.shape[1]), 1)
+        firsts = torch.arange(n, dtype=torch.float64) * (row[0].numel() // n)
+        found.append(torch.cat([numbers if numbers.numel() else numbers.new_zeros(4, n), firsts.unsqueeze(0)]))
+    return list(torch.cat(found, 1).contiguous())
 
 
-def _coded_entries(rows: list[tuple[Any, ...]]) -> tuple[Tensor, Tensor]:
-    """As `_entries`, where states are in codes: room for whole blocks of them, then the scales and the size."""
-    sizes = [row[0].numel() for row in rows]
-    addresses = []
-    for row, size in zip(rows, sizes, strict=True):
-        addresses += [(t.codes if isinstance(t, Coded) else t).data_ptr() for t in row]
-        addresses += [*(t.scales.data_ptr() for t in row if isinstance(t, Coded)), size]
-    starts = list(itertools.accumulate((-(-size // CODED) * CODED for size in sizes), initial=0))
-    return torch.tensor(starts, dtype=torch.int64), torch.tensor(addresses, dtype=torch.int64)
+def _entries(rows: list[tuple[Any, ...]], parts: list[int]) -> tuple[Tensor, Tensor]:
+    """Where each tensor, or each part of one, begins when all are laid end to end, and the addresses of its numbers.
+
+    Where states are in codes: room for whole blocks of them, then the scales and the size.
+    """
+    sizes = torch.tensor([row[0].numel() // n for row, n in zip(rows, parts, strict=True)])
+    coded = [k for k, t in enumerate(rows[0]) if isinstance(t, Coded)]
+    blocks = -(-sizes // CODED)
+    held = [[t.codes if isinstance(t, Coded) else t for t in row] for row in rows] if coded else rows
+    first = torch.tensor([t.data_ptr() for row in held for t in row]).view(len(rows), -1)
+    if coded:
+        scales = torch.tensor([row[k].scales.data_ptr() for row in rows for k in coded]).view(len(rows), -1)
+        first = torch.cat([first, scales, sizes.unsqueeze(1)], 1)
+    room = blocks * CODED if coded else sizes
+    if max(parts) > 1:  # each part has its own entry, as far from the one before as that is long
+        counts = torch.tensor(parts)
+        width = [sizes * t.element_size() for t in held[0]]
+        width += [4 * blocks] * len(coded) + [0 * sizes] * bool(coded)
+        first, width = (x.repeat_interleave(counts, 0) for x in (first, torch.stack(width, 1)))
+        number = torch.arange(len(first)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        first, room = first + number.unsqueeze(1) * width, room.repeat_interleave(counts)
+    return torch.cat([room.new_zeros(1), room.cumsum(0)]), first

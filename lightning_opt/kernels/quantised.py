@@ -25,6 +25,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_opt.kernels.experts import kept
+
 BLOCK = 256
 TINY = 1e-28  # a block whose largest magnitude is below this is zero: 255^4 / TINY is still a float32
 _MASK = 0xFFFFFFFF
@@ -100,9 +102,9 @@ def encode(values: Tensor, dtype: torch.dtype, salt: Any = None) -> Coded:
 
 
 def store(old: Coded, values: Tensor, skip: Tensor | None, salt: Any = None) -> None:
-    """Writes values over a coded state, or leaves it where `skip` is true."""
+    """Writes values over a coded state, or leaves it where `skip` is true (experts hold whole blocks)."""
     for before, after in zip(old, encode(values.reshape(old.shape), old.dtype, salt), strict=True):
-        before.copy_(after if skip is None else torch.where(skip, before, after))
+        before.copy_(kept(before, after, skip))
 
 
 def _blocks(tensor: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_opt.kernels import quantised
+from lightning_opt.kernels.experts import kept, spread
 from lightning_opt.kernels.quantised import Coded
 
 
@@ -126,6 +127,7 @@ class Variant:
         cautious_decay: decay only where it points the way the step does (Chen et al. 2025, arXiv 2510.12402).
         random_weights: bfloat16 weights are rounded by chance.
         random_states: bfloat16 and int8 states are rounded by chance.
+        experts: each expert goes its own way (`Bucket.experts`).
     """
 
     l2: bool = False
@@ -133,9 +135,10 @@ class Variant:
     cautious_decay: bool = False
     random_weights: bool = False
     random_states: bool = False
+    experts: bool = False
 
     @classmethod
-    def of(cls, options: Mapping[str, Any], shrink: float | None, l2: float | None) -> Variant:
+    def of(cls, options: Mapping[str, Any], shrink: float | None, l2: float | None, experts: bool = False) -> Variant:
         """The variant of a parameter group under its decay as in `Bucket`."""
         return cls(
             l2 is not None,
@@ -143,6 +146,7 @@ class Variant:
             options.get("cautious_weight_decay", False) and shrink is not None,
             options.get("weight_rounding") == "stochastic",
             options.get("state_rounding") == "stochastic",
+            experts,
         )
 
     @property
@@ -184,6 +188,9 @@ class Bucket:
             `params` are whole.
         narrow: the bfloat16 weights whose float32 masters `params` are; None where they are the weights themselves.
         extra: states of a rule that is not elementwise, one dict per weight, as in ``optimizer.state[p]``.
+        experts: per weight, of all its experts, (4, E) in the dtype of `wide`: factor on the step (0: the weights do
+            not move by it), then in place of `shrink` and of `l2` (1 and 0: none), and 1 where the states stay as they
+            are. E is the length of the weight's first dimension, or 1. None: all go alike, which is the fast way.
     """
 
     params: list[Tensor]
@@ -202,6 +209,7 @@ class Bucket:
     firsts: list[int] | None = None
     extra: list[dict[str, Any]] | None = None
     narrow: list[Tensor] | None = None
+    experts: list[Tensor] | None = None
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
@@ -211,7 +219,22 @@ class Bucket:
     @property
     def variant(self) -> Variant:
         """What code is made for."""
-        return Variant.of(self.options, self.shrink, self.l2)
+        return Variant.of(self.options, self.shrink, self.l2, self.experts is not None)
+
+    def experts_of(self, index: int) -> Tensor | None:
+        """`experts` of one weight; of a shard, those that it holds."""
+        found = None if self.experts is None else self.experts[index]
+        if found is None or self.wholes is None or self.firsts is None or found.shape[1] == 1:
+            return found
+        shape, here = self.wholes[index].shape, len(self.params[index])
+        first = self.firsts[index] // max(1, shape[1:].numel()) if here != shape[0] else 0
+        if first < 0:
+            raise ValueError("experts go each their own way only where a stack is split along one dimension")
+        return found.narrow(1, min(first, shape[0] - here), here)
+
+    def course(self, rule: Rule, index: int, like: Tensor) -> Course:
+        """How one weight goes through the step; `like`: the weight, whole, a shard or in rows."""
+        return Course.of(rule, self.shrink, self.l2, self.skip, self.experts_of(index), like)
 
     def part(self, indices: list[int]) -> Bucket:
         """The same bucket with only the tensors at `indices`."""
@@ -227,7 +250,54 @@ class Bucket:
             firsts=pick(self.firsts),
             extra=pick(self.extra),
             narrow=pick(self.narrow),
+            experts=pick(self.experts),
         )
+
+
+@dataclass(frozen=True)
+class Course:
+    """How a weight, or each expert of it, goes through a step.
+
+    Attributes:
+        shrink, l2: as in `Bucket`, or tensors that line up with the weight.
+        rate: the step is multiplied by it and left out where it is 0, whatever it is; None: it is taken as it is.
+        weight_stays: where the weight stays as it is, for `kept`; None: nowhere.
+        states_stay: where the states do.
+    """
+
+    shrink: Any
+    l2: Any
+    rate: Any = None
+    weight_stays: Tensor | None = None
+    states_stay: Tensor | None = None
+
+    @classmethod
+    def of(cls, rule: Rule, shrink: Any, l2: Any, skip: Tensor | None, experts: Tensor | None, like: Tensor) -> Course:
+        """From a bucket's own values and the row of one weight in `Bucket.experts`."""
+        if experts is None:
+            return cls(shrink, l2, None, skip, skip)
+        rate, its_shrink, its_l2, _ = experts
+        weight = skip
+        if rule.writes:
+            weight = rate == 0 if skip is None else (rate == 0) | skip
+        return cls(
+            None if shrink is None else spread(its_shrink, like),
+            None if l2 is None else spread(its_l2, like),
+            spread(rate, like),
+            weight,
+            states_stay(skip, experts),
+        )
+
+    def stays(self, k: int) -> Tensor | None:
+        """Of the weight (0) or of the k-th state."""
+        return self.states_stay if k else self.weight_stays
+
+
+def states_stay(skip: Tensor | None, experts: Tensor | None) -> Tensor | None:
+    """Where a weight's states stay as they are, for `kept`; `experts`: its row in `Bucket.experts`."""
+    if experts is None:
+        return skip
+    return experts[3] > 0 if skip is None else (experts[3] > 0) | skip
 
 
 def apply(
@@ -240,16 +310,20 @@ def apply(
     l2: Any,
     scalars: Mapping[str, Any],
     factors: Sequence[Any] = (),
+    rate: Any = None,
 ) -> None:
     """One update in place: decay into the gradient (``l2``) or onto the weight (``shrink``), and the rule's step.
 
-    Works on tensors and on `Many`, all in the dtype updates are computed in. `factors`: one per `measures` of the rule.
+    Works on tensors and on `Many`, all in the dtype updates are computed in. `factors`: one per `measures` of the rule;
+    `rate`: as in `Course`.
     """
     if variant.l2:
         g = g + l2 * p
     step = rule.update(p, g, *state, **_with_factor(rule, scalars, factors))
     if variant.cautious:
         step = torch.where(step * g > 0, step * factors[-1], 0.0)
+    if rate is not None and step is not None:
+        step = torch.where(rate > 0, step * rate, 0.0)
     if variant.cautious_decay:
         p.copy_(torch.where(step * p < 0, p, p * shrink))
     elif shrink is not None:
@@ -307,11 +381,6 @@ def scratch(tensor: Tensor | Coded, skip: Tensor | None) -> Tensor:
     """What an update may overwrite: the tensor itself, or a copy where it is narrow or may have to stay."""
     computed = wide(tensor)
     return computed.clone() if skip is not None and computed is tensor else computed
-
-
-def kept(old: Tensor, new: Tensor, skip: Tensor | None) -> Tensor:
-    """What to write over `old`: the new values, or the old ones where the update is skipped."""
-    return new if skip is None else torch.where(skip, old, new.to(old.dtype))
 
 
 def write(old: Tensor | Coded, new: Tensor, skip: Tensor | None, salt: Any = None) -> None:

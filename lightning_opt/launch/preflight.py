@@ -20,9 +20,7 @@ from lightning_opt.launch.names import check_field, check_group, is_group_choice
 from lightning_opt.launch.resolve import plain_config, saved_config
 from lightning_opt.launch.targets import check_loggers, check_targets
 from lightning_opt.launch.tuning import chosen_record
-from lightning_opt.optim import list_optimizers
 from lightning_opt.plan import ConfigError
-from lightning_opt.plan.words import one_of
 from lightning_opt.run_folder import config_hash, starts_elsewhere
 
 _OF_THE_COMMAND = ("hydra.", "hydra/", "on_failure", "jobs_per_device")
@@ -151,7 +149,6 @@ def check_job(cfg: DictConfig) -> dict[str, Any]:
     if "hydra" in cfg and (record := chosen_record(cfg.hydra.runtime.choices)):
         record.check_size(config["model"].get("non_embedding_params"))
     run = plan.check(config)
-    _check_rules(config["optimizer"])
     check_targets({key: config[key] for key in ("model", "callbacks") if key in config})
     check_loggers(config.get("logger") or {})
     data.check(plan.data_config(config), tokens=run.tokens)
@@ -166,15 +163,6 @@ def check_start(cfg: DictConfig, config: dict[str, Any]) -> None:
         ConfigError: there is none.
     """
     check_named(config, plan.identity(saved_config(cfg), plan.check(config).max_steps))
-
-
-def _check_rules(optimizer: dict[str, Any]) -> None:
-    known = list_optimizers()
-    for places in ("roles", "phases"):
-        for place, settings in (optimizer.get(places) or {}).items():
-            rule = (settings or {}).get("rule")
-            if rule is not None and rule not in known:
-                raise ConfigError(f"optimizer.{places}.{place}.rule", rule, one_of(rule, known))
 
 
 def _check_scale_counts(job: Sequence[Override], config: dict[str, Any]) -> None:

@@ -7,6 +7,8 @@ __getattr__, __dir__, __all__ = attach(
     {
         "builder": ["build"],
         "dense": ["gpt2", "llama"],
+        "moe": ["glm4_moe"],
+        "experts": ["implement_experts"],
         "pretrained": ["hf"],
         "chunked": ["IGNORE", "linear_cross_entropy", "logits_cross_entropy"],
         "loss": ["Loss", "causal_lm_loss"],

@@ -8,12 +8,14 @@ from typing import Any
 
 from torch import nn
 
+from lightning_opt.anatomy import keep_float32
+from lightning_opt.models.experts import implement_experts
 from lightning_opt.plan import ConfigError
 
 log = logging.getLogger("lightning_opt.models")
 
 # Keys of the group that say how the model is trained or counted, not what it is.
-_NOT_ARCHITECTURE = ("name", "z_loss", "activation_checkpointing", "non_embedding_params")
+_NOT_ARCHITECTURE = ("name", "z_loss", "activation_checkpointing", "experts_implementation", "non_embedding_params")
 
 
 def build(
@@ -33,10 +35,12 @@ def build(
         eos_token_id: the tokenizer's end of text, where a new model's generation stops.
 
     Returns:
-        A causal language model in train mode whose forward returns an object with ``logits`` (B, T, V).
+        A causal language model in train mode whose forward returns an object with ``logits`` (B, T, V). What must stay
+        float32 in lower precision does (`keep_float32`).
 
     Raises:
-        ConfigError: the tokenizer has ids that the model does not know, or checkpointing is not to be had.
+        ConfigError: the tokenizer has ids that the model does not know, or checkpointing or the way to compute experts
+            is not to be had.
     """
     architecture = {key: value for key, value in config.items() if key not in _NOT_ARCHITECTURE}
     stated = architecture.pop("vocab_size", None)
@@ -53,7 +57,8 @@ def build(
     if rows < vocab_size:
         raise ConfigError("data.tokenizer", f"{vocab_size} ids", f"the model's own tokenizer: it has {rows} embeddings")
     checkpoint_activations(model, config.get("activation_checkpointing") or "off")
-    return model.train()
+    implement_experts(model, config.get("experts_implementation") or "auto")
+    return keep_float32(model).train()
 
 
 def checkpoint_activations(model: nn.Module, mode: str) -> None:

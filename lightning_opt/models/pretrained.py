@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lightning_opt.plan import ConfigError
+
+log = logging.getLogger("lightning_opt.models")
 
 
 def hf(*, path: str | None = None, context_length: int) -> PreTrainedModel:
@@ -18,7 +21,8 @@ def hf(*, path: str | None = None, context_length: int) -> PreTrainedModel:
         context_length: training sequence length in tokens; at most what the model was made for.
 
     Returns:
-        The model in float32 (the trainer's precision casts it, so bf16 checkpoints keep a full-precision master).
+        The model in float32 (the trainer's precision casts it, so bf16 checkpoints keep a full-precision master). What
+        a folder holds expert by expert is stacked in memory, and written expert by expert again.
 
     Raises:
         ConfigError: there is no model at the path, or it is shorter than ``context_length``.
@@ -36,4 +40,7 @@ def hf(*, path: str | None = None, context_length: int) -> PreTrainedModel:
     if longest and context_length > longest:
         raise ConfigError("model.context_length", context_length, f"at most {longest}, the model's own")
     model.config.use_cache = True
+    if getattr(model.config, "num_nextn_predict_layers", 0):
+        log.info("%s: its layers that predict further tokens (MTP) are neither trained nor kept", path)
+        model.config.num_nextn_predict_layers = 0
     return model

@@ -21,11 +21,11 @@ then move like AdamW's at 3e-4 to 1e-3). `relative_step` ignores the schedule on
 costs 4 bytes per weight and steadies training at high rates (PaLM and big_vision have it); 0, for memory, is the
 paper's.
 
-Traps: b starts at 0, so the first step divides by the first gradient alone: an element's step is bounded by the clip
-of u, not by lr. The decay of the second moment slows down for ever (b = 0.996 at step 1000): after a long run it hardly
-forgets. A weight that starts at zero moves by scale_floor times lr. With `scale_parameter` a rate is not comparable
-with AdamW's. Convolutions are factored over their last two dimensions, as torch does it. In a stack of experts every
-matrix has its own rms, of steps and of weights (torch takes one over the stack).
+Traps: the decay b starts at 0, so the first step divides by the first gradient alone: an element's step is bounded by
+the clip of u, not by lr. The decay of the second moment slows down for ever (b = 0.996 at step 1000): after a long run
+it hardly forgets. A weight that starts at zero moves by scale_floor times lr. With `scale_parameter` a rate is not
+comparable with AdamW's. Convolutions are factored over their last two dimensions, as torch does it. In a stack of
+experts every matrix has its own rms, of steps and of weights (torch takes one over the stack).
 """
 
 from __future__ import annotations
@@ -139,19 +139,20 @@ def whole(bucket: Bucket) -> list[Tensor]:
 def _step(p: Tensor, g: Tensor, state: dict[str, Any], bucket: Bucket) -> Tensor:
     group, rate, new2 = bucket.options, bucket.scalars["rate"], bucket.scalars["new2"]
     p, g = wide(p), wide(g)
-    squared = g.square().add_(group["eps"])
+    u, eps = g.square(), group["eps"]  # one buffer from here to the step: fresh memory costs more than arithmetic
     if "row" in state:
         row, column = state["row"], state["column"]
-        row.lerp_(squared.mean(-1), new2)
-        column.lerp_(squared.mean(-2), new2)
-        inverse = (row / row.mean(-1, keepdim=True)).rsqrt().unsqueeze(-1) * column.rsqrt().unsqueeze(-2)
+        row.lerp_(u.mean(-1).add_(eps), new2)
+        column.lerp_(u.mean(-2).add_(eps), new2)
+        by_row = (row / row.mean(-1, keepdim=True)).rsqrt_()
+        torch.mul(by_row.unsqueeze(-1), column.rsqrt().unsqueeze(-2), out=u)
     else:
-        inverse = state["whole_sq"].lerp_(squared, new2).rsqrt()
-    u = inverse * g
+        u = state["whole_sq"].lerp_(u.add_(eps), new2).rsqrt()
+    u.mul_(g)
     factor = rate / torch.clamp(_rms(u, group.get("role")) / group["clip_threshold"], min=1.0)
     if group["scale_parameter"]:
         factor = factor * torch.clamp(_rms(p, group.get("role")), min=group["scale_floor"])
-    u = u * factor
+    u.mul_(factor)
     if "step_avg" not in state:
         return u
     m = wide(state["step_avg"]).lerp_(u, 1 - group["beta1"])

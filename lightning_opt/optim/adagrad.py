@@ -8,8 +8,8 @@ With gradient g, sum s (initial_accumulator_value at first), step t from 1, rate
 
 Duchi, Hazan and Singer 2011 (JMLR 12), diagonal form; the letter of torch.optim.Adagrad (there decay is mode ``l2``).
 
-Tuning: s never forgets, so the rate falls like 1 / sqrt(t) by itself: use a schedule that is flat or nearly so, lr
-0.01 to 0.1. Good where features are rare (embeddings), weak over long runs, where it stops learning. The first step
+Tuning: the sum s never forgets, so the rate falls like 1 / sqrt(t) by itself: use a schedule that is flat or nearly so,
+lr 0.01 to 0.1. Good where features are rare (embeddings), weak over long runs, where it stops learning. The first step
 is lr times the sign of the gradient; a positive initial sum softens it. lr_decay on top of a schedule is seldom wanted.
 
 Traps: one gradient 100 times the usual counts as 10,000 steps, and that weight's rate stays down for good: clip.

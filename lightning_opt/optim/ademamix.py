@@ -15,14 +15,15 @@ Pagliardini et al. 2024, "The AdEMAMix Optimizer: Better, Faster, Older" (arXiv 
 for the two warm-ups; apple/ml-ademamix at c3d73c0.
 
 Tuning: AdamW's rate, betas and decay; alpha 5 for language models (the repository's default is 2), beta3 0.9999 for
-runs of 10^5 steps and more, and half-lives in the same proportion for shorter ones: log(0.5) / log(beta3) is 6931
-steps at 0.9999, 693 at 0.999. Both warm-ups as long as the run, as the paper has them: without them early and large
-gradients stay in s for thousands of steps and training may diverge. Semenov et al. 2025 (arXiv 2509.01440) found it the
-best of eleven at long budgets. Decay and rate matter as for AdamW; after a sudden drop of the rate s still carries
-gradients of long ago.
+runs of 10^5 steps and more, and half-lives in the same proportion for shorter ones: log(0.5) / log(beta3) is 6931 steps
+at 0.9999, 693 at 0.999. Both warm-ups as long as the run, as the paper has them (0.999 of it, or its steps): without
+them early and large gradients stay in s for thousands of steps and training may diverge. Semenov et al. 2025 (arXiv
+2509.01440) found it the best of eleven at long budgets. Decay and rate matter as for AdamW; after a sudden drop of the
+rate s still carries gradients of long ago.
 
-Traps: s and v stay float32 whatever `state_dtype` says: s takes in 1e-4 of a gradient per step, which bfloat16 loses.
-State is 12 bytes per weight. A step's size is up to (1 + alpha) times Adam's where gradients keep their sign.
+Traps: the averages s and v stay float32 whatever `state_dtype` says: s takes in 1e-4 of a gradient per step, which
+bfloat16 loses. State is 12 bytes per weight. A step's size is up to (1 + alpha) times Adam's where gradients keep their
+sign.
 """
 
 from __future__ import annotations
@@ -46,8 +47,9 @@ class AdEMAMix(Optimizer):
         betas: decay of the fast average and of the second moment.
         beta3: decay of the slow average.
         alpha: weight of the slow average.
-        alpha_warmup: steps over which alpha grows from 0; None = no warm-up.
-        beta3_warmup: steps over which the slow average slows down; None = no warm-up.
+        alpha_warmup: steps over which alpha grows from 0; below 1 a fraction of the run, whose length somebody tells:
+            the callback `OptimizerSignals`, or ``observe(run_length=steps)``; None = no warm-up.
+        beta3_warmup: steps over which the slow average slows down; likewise.
         eps: added to the root of the second moment.
         weight_decay: typical 0.1 for language models.
         max_grad_norm: the gradient is clipped to this norm before the update; None = no clipping.
@@ -67,8 +69,8 @@ class AdEMAMix(Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         beta3: float = 0.9999,
         alpha: float = 2.0,
-        alpha_warmup: int | None = None,
-        beta3_warmup: int | None = None,
+        alpha_warmup: float | None = None,
+        beta3_warmup: float | None = None,
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,

@@ -9,32 +9,34 @@ import torch
 from torch import Tensor
 
 from lightning_opt import kernels
-from lightning_opt.kernels import Bucket, Choice, Later, Rule, Variant
-from lightning_opt.optim.buckets import Row, filled_bucket, layout_of, since
+from lightning_opt.kernels import Bucket, Later, Rule
+from lightning_opt.optim.averaged import Swap
+from lightning_opt.optim.buckets import Row, filled_bucket, layout_of
 from lightning_opt.optim.catalogue import find_rule, rule_of
 from lightning_opt.optim.clipping import Clipping
+from lightning_opt.optim.experts import check_tokens
 from lightning_opt.optim.groups import (
     ALLOWED,
     BOOKKEEPING,
     COMMON,
+    apart,
     at_rate,
+    check_members,
     checked,
     decay,
+    needs_of,
     refuse_unknown,
-    warms_by_fraction,
 )
+from lightning_opt.optim.inventory import Inventory
 from lightning_opt.optim.saved import fitted, with_values_of
 from lightning_opt.optim.storage import (
     bytes_held,
     fresh_state,
-    planned_bytes,
     restored,
-    state_dtypes,
-    updated_dtype,
     warn_of_lost_updates,
     write_narrow,
 )
-from lightning_opt.plan import ConfigError
+from lightning_opt.plan import EXPERT_TOKENS, ConfigError
 
 Hook = Callable[["Optimizer"], None]
 
@@ -65,6 +67,8 @@ class Optimizer(torch.optim.Optimizer):
     element, a code, and a float32 scale per block, of the states in `Rule.codes`, in weights of at least 4096 elements
     that are no embeddings. `state_rounding` is how bfloat16 and int8 states are written, ``nearest`` or ``stochastic``
     (unsigned codes always by chance). `step` is a Python int.
+    Experts of a stack may rest where they had too few tokens, or go at a rate of their own: `sparse_experts`,
+    `sparse_parts`, `expert_rate` and `expert_rate_bound` (see `optim.experts`).
     Parameters without gradient are left alone. `max_grad_norm` is applied by `clip_`, and by `step` unless these very
     gradients were clipped before and not changed since.
 
@@ -98,11 +102,11 @@ class Optimizer(torch.optim.Optimizer):
         self.__dict__.setdefault("_told", [])  # hooks that are told of an update and look at nothing
         self.__dict__.setdefault("_clipping", Clipping())
         self.__dict__.setdefault("_signals", {})
-        self.__dict__.setdefault("_elements", {})  # rule -> number of its weights
+        self.__dict__.setdefault("_inventory", Inventory())
         self.__dict__.setdefault("_stepped", False)
         self.__dict__.setdefault("_skip", False)
         self.__dict__.setdefault("_uncertain", None)  # a masked step: the mask, and the states that counted it
-        self.__dict__.setdefault("_trained", None)  # while averaged weights are in place: the trained ones
+        self.__dict__.setdefault("_swap", Swap())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -124,25 +128,12 @@ class Optimizer(torch.optim.Optimizer):
         group = {**spec.defaults, **inherited, **param_group, "rule": spec.name}
         params = group.pop("params")
         group = {**checked(spec, group), "params": [params] if isinstance(params, Tensor) else list(params)}
-        plain = [entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]]
-        if len({id(p) for p in plain}) != len(plain):
-            raise ValueError("a parameter is listed twice in one group: tied weights are updated once")
-        if any(isinstance(p, Tensor) and p.is_complex() for p in plain):
-            raise ValueError("complex parameters are not supported: train torch.view_as_real(p) instead")
-        if small := [p for p in plain if isinstance(p, Tensor) and p.ndim < rule_of(group).least_ndim]:
-            raise ValueError(
-                f"{spec.name} takes matrices, and a parameter has shape {tuple(small[0].shape)}: hand it the hidden "
-                "matrices only and the rest to another group, or let optim.build(model, config) route them by role"
-            )
-        halves = any(isinstance(p, Tensor) and p.dtype == torch.float16 for p in plain)
-        if halves and group["weight_rounding"] == "stochastic":
-            why = "nearest or master: float16 weights are not rounded by chance"
-            raise ConfigError(f"{spec.name}.weight_rounding", "stochastic", why)
+        check_members(rule_of(group), group)
         group.setdefault("initial_lr", group["lr"])
         super().add_param_group({**group})
         for key in set(self.param_groups[-1]) - set(group) - ALLOWED:
             del self.param_groups[-1][key]  # torch fills in every default, also those of another rule
-        self._elements.clear()
+        self._inventory.forget()
 
     # -- the step ---------------------------------------------------------------------------------------------------
 
@@ -157,7 +148,7 @@ class Optimizer(torch.optim.Optimizer):
             RuntimeError: for sparse gradients, or while averaged weights are in place (`eval`).
             ConfigError: a rule lacks a signal it needs.
         """
-        self._refuse_while_swapped()
+        self._swap.refuse()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -176,6 +167,7 @@ class Optimizer(torch.optim.Optimizer):
             warn_of_lost_updates(self.param_groups)
         if self._skip is not True:
             self._update()
+        self._signals.pop(EXPERT_TOKENS, None)
         self._turn()
         return loss
 
@@ -190,7 +182,7 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: while averaged weights are in place (`eval`).
         """
-        self._refuse_while_swapped()
+        self._swap.refuse()
         self._skip = False
         self._clipping.add(group["role"], norm)
         self._update([group])
@@ -207,7 +199,8 @@ class Optimizer(torch.optim.Optimizer):
             if rule.together is not None:
                 rule.together([bucket for bucket, _ in rows])
             for bucket, group in rows:
-                kernels.run(self._choice(rule, group, bucket).implementation, rule, bucket)
+                choice = self._inventory.choice(self.param_groups, rule, group, bucket)
+                kernels.run(choice.implementation, rule, bucket)
                 write_narrow(bucket)
         if self._skip is not False:
             self._uncertain = Later(self._skip), counted
@@ -240,6 +233,7 @@ class Optimizer(torch.optim.Optimizer):
         The states whose count went up are added to `counted`.
         """
         found: dict[tuple[Any, ...], list[Row]] = {}
+        tokens = self._tokens_of(group)
         for index, p in enumerate(group["params"]):
             grad = p.grad
             if grad is None:
@@ -250,7 +244,7 @@ class Optimizer(torch.optim.Optimizer):
             state = self._state_of(rule, group, p, layout)
             state["step"] += 1
             counted.append(state)
-            row = Row.of(rule, p, grad, state, layout)
+            row = Row.of(rule, p, grad, state, layout, tokens.get(p))
             found.setdefault((state["step"], *row.kind), []).append(row)
         shrink, l2 = (None, None) if rule.own_decay else decay(group)
         for (step, *_), rows in found.items():
@@ -285,8 +279,7 @@ class Optimizer(torch.optim.Optimizer):
     @property
     def needs(self) -> frozenset[str]:
         """Names of the signals that this optimizer's rules cannot work without."""
-        length = frozenset({"run_length"} if any(map(warms_by_fraction, self.param_groups)) else ())
-        return length.union(*(find_rule(group["rule"]).needs for group in self.param_groups))
+        return frozenset().union(*map(needs_of, self.param_groups))
 
     def rates(self, step: int) -> dict[str, float]:
         """By role, the rate that a step goes by: the schedule's, its phase's, and a rule's own warm-up.
@@ -305,7 +298,8 @@ class Optimizer(torch.optim.Optimizer):
         """Takes signals by name; what no rule here needs is refused.
 
         A signal per parameter, {parameter: tensor}, goes into the states of the rules that take it; an empty one says
-        that somebody feeds it, though there is nothing new.
+        that somebody feeds it, though there is nothing new. ``expert_tokens`` (counts per expert of stacks) are those
+        of the step under way and must come before every step.
 
         Raises:
             ConfigError: for a signal that is not in `needs`.
@@ -315,13 +309,26 @@ class Optimizer(torch.optim.Optimizer):
                 wanted = ", ".join(sorted(self.needs)) or "no signals"
                 raise ConfigError(f"observe.{name}", value, f"this optimizer needs {wanted}")
             per_parameter = isinstance(value, Mapping)
-            self._signals[name] = None if per_parameter else value
+            kept = check_tokens(value) if name == EXPERT_TOKENS else None  # any other goes into states
+            self._signals[name] = kept if per_parameter else value
             for group in self.param_groups if per_parameter else ():
                 rule = rule_of(group)
                 for index, p in enumerate(group["params"] if name in rule.observed else ()):
                     if p in value:
                         state = self._state_of(rule, group, p, layout_of(group, index))
                         rule.observed[name](state, value[p], group)
+
+    def observing(self, signal: str) -> list[dict[str, Any]]:
+        """The groups into whose states a signal per parameter goes."""
+        return [group for group in self.param_groups if signal in rule_of(group).observed]
+
+    def _tokens_of(self, group: Mapping[str, Any]) -> Mapping[Tensor, Tensor]:
+        """This step's tokens per expert, {} where the group's experts all go alike."""
+        if not apart(group):
+            return {}
+        if EXPERT_TOKENS not in self._signals:  # those of the last step are gone
+            self._refuse_unmet_needs()
+        return self._signals[EXPERT_TOKENS]
 
     def _refuse_unmet_needs(self) -> None:
         if unmet := sorted(self.needs - self._signals.keys()):
@@ -338,11 +345,7 @@ class Optimizer(torch.optim.Optimizer):
     @property
     def swapped(self) -> bool:
         """Whether averaged weights are in place of the trained ones."""
-        return self._trained is not None
-
-    def _refuse_while_swapped(self) -> None:
-        if self._trained is not None:
-            raise RuntimeError("the averaged weights are in place: call the optimizer's train() before its next step")
+        return self._swap.swapped
 
     @torch.no_grad()
     def eval(self) -> None:
@@ -350,22 +353,12 @@ class Optimizer(torch.optim.Optimizer):
 
         For rules that average their iterates (schedule-free); nothing for others, or where they are in place already.
         """
-        averaging = [(rule_of(group), group) for group in self.param_groups if rule_of(group).averaged is not None]
-        if self._trained is not None or not averaging:
-            return
-        self._trained = {}
-        for rule, group in averaging:
-            for p in group["params"]:
-                if state := self.state.get(p):
-                    self._trained[p] = p.detach().clone()
-                    p.copy_(rule.averaged(p, state, group))
+        self._swap.put(self.param_groups, self.state)
 
     @torch.no_grad()
     def train(self) -> None:
         """Puts the trained weights back, to the last bit."""
-        trained, self._trained = self._trained or {}, None
-        for p, weights in trained.items():
-            p.copy_(weights)
+        self._swap.back()
 
     # -- clipping ---------------------------------------------------------------------------------------------------
 
@@ -397,40 +390,10 @@ class Optimizer(torch.optim.Optimizer):
 
     # -- what runs, what it holds -----------------------------------------------------------------------------------
 
-    def _choice(self, rule: Rule, group: Mapping[str, Any], bucket: Bucket) -> Choice:
-        one_count = not bucket.step.since
-        return self._choose(rule, group, bucket.params[0].device, bucket.dtypes, bucket.variant, one_count)
-
-    def _choose(
-        self,
-        rule: Rule,
-        group: Mapping[str, Any],
-        device: torch.device,
-        dtypes: tuple[torch.dtype, ...],
-        variant: Variant,
-        one_count: bool,
-    ) -> Choice:
-        if rule.name not in self._elements:
-            members = (p for g in self.param_groups if g["rule"] == rule.name for p in g["params"])
-            self._elements[rule.name] = sum(p.numel() for p in members)
-        elements = self._elements[rule.name]
-        return kernels.choose(rule, group["implementation"], device, dtypes, elements, variant, one_count)
-
-    def _choice_of(self, group: Mapping[str, Any]) -> Choice:
-        rule = rule_of(group)
-        largest = max(group["params"], key=lambda p: p.numel())
-        states = state_dtypes(rule, group, largest).values()
-        shrink, l2 = (None, None) if rule.own_decay else decay(group)
-        variant = Variant.of(group, shrink, l2)
-        one_count = not since(self.state.get(largest, {}))
-        return self._choose(
-            rule, group, largest.device, (updated_dtype(group, largest), largest.dtype, *states), variant, one_count
-        )
-
     @property
     def implementations(self) -> dict[str, str]:
         """Per rule what really runs and why, for example ``{"lion": "compiled (auto: 27.3M parameters, g++)"}``."""
-        return {group["rule"]: str(self._choice_of(group)) for group in self.param_groups if group["params"]}
+        return self._inventory.implementations(self.param_groups, self.state)
 
     def state_bytes(self) -> int:
         """Bytes of state held now on this process, measured on the tensors (0 before the first step)."""
@@ -442,26 +405,7 @@ class Optimizer(torch.optim.Optimizer):
         Keys: role, rule, implementation, tensors, params (weights), lr (peak), weight_decay, max_grad_norm,
         state_bytes (measured once the group has state; before, what it will be).
         """
-        rows = []
-        for group in self.param_groups:
-            params = group["params"]
-            held = sum(bytes_held(self.state[p]) for p in params if p in self.state)
-            rule = rule_of(group)
-            planned = sum(planned_bytes(rule, group, p, layout_of(group, i)) for i, p in enumerate(params))
-            rows.append(
-                {
-                    "role": group["role"],
-                    "rule": group["rule"],
-                    "implementation": str(self._choice_of(group)) if params else "",
-                    "tensors": len(params),
-                    "params": sum(p.numel() for p in params),
-                    "lr": group.get("initial_lr", group["lr"]) * group["lr_factor"],
-                    "weight_decay": group["weight_decay"],
-                    "max_grad_norm": group["max_grad_norm"],
-                    "state_bytes": held or planned,
-                }
-            )
-        return rows
+        return self._inventory.table(self.param_groups, self.state)
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -490,7 +434,8 @@ class Optimizer(torch.optim.Optimizer):
             ConfigError: where the checkpoint's groups, rules, roles or states are not this optimizer's.
             ValueError: where a group holds another number of parameters.
         """
-        self._uncertain = self._trained = None
+        self._uncertain = None
+        self._swap.forget()
         state_dict = fitted(state_dict, self.param_groups)
         saved_ids = [group["params"] for group in state_dict["param_groups"]]
         super().load_state_dict({**state_dict, "state": {}})  # torch would cast each state to the weight's dtype

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_opt.anatomy import LAYOUT
 from lightning_opt.kernels import Bucket, Coded, Rule, Step
+from lightning_opt.optim.experts import own_ways
 from lightning_opt.optim.storage import local, stored, weight_of
 
 
@@ -25,6 +26,7 @@ class Row:
         blocks: the states named in `Measure.state`.
         layout: what the model says about the weight.
         state: everything in ``optimizer.state[p]``.
+        tokens: of each expert in this step, where experts go each their own way, else None.
         shard: the weight as a DTensor where `tensors` are shards of it, else None.
     """
 
@@ -33,25 +35,35 @@ class Row:
     blocks: list[Tensor]
     layout: Mapping[str, Any]
     state: dict[str, Any]
+    tokens: Tensor | None = None
     shard: Any = None
 
     @classmethod
-    def of(cls, rule: Rule, p: Tensor, grad: Tensor, state: dict[str, Any], layout: Mapping[str, Any]) -> Row:
+    def of(
+        cls,
+        rule: Rule,
+        p: Tensor,
+        grad: Tensor,
+        state: dict[str, Any],
+        layout: Mapping[str, Any],
+        tokens: Tensor | None = None,
+    ) -> Row:
         """The row of a parameter that has its state."""
         tensors = [weight_of(p, state), grad, *[stored(state, name) for name in rule.state]]
         blocks = [state[name] for name in rule.measure.state] if rule.measure is not None else []
         if not rule.elementwise or not hasattr(p, "to_local"):
-            return cls(p, tensors, blocks, layout, state)
+            return cls(p, tensors, blocks, layout, state, tokens)
         if grad.placements != p.placements:
             tensors[1] = grad.redistribute(placements=p.placements)
-        return cls(p, [local(t) for t in tensors], blocks, layout, state, p)
+        return cls(p, [local(t) for t in tensors], blocks, layout, state, tokens, p)
 
     @property
     def kind(self) -> tuple[Any, ...]:
         """What rows of one bucket have in common, beside the step."""
         ages = tuple(sorted(since(self.state).items()))
         spread = None if self.shard is None else (self.shard.device_mesh, tuple(self.shard.placements))
-        return (ages, spread, self.tensors[0].device, self.weight.dtype, *[t.dtype for t in self.tensors])
+        kinds = self.weight.dtype, *[t.dtype for t in self.tensors]
+        return (ages, spread, self.tokens is None, self.tensors[0].device, *kinds)
 
 
 def since(state: Mapping[str, Any]) -> dict[str, int]:
@@ -103,6 +115,9 @@ def filled_bucket(
         else None,
         extra=[row.state for row in rows],
         narrow=[row.weight for row in rows] if "master" in rows[0].state else None,
+        experts=None
+        if rows[0].tokens is None
+        else own_ways(group, [row.tokens for row in rows], shrink, l2, rows[0].tensors[0]),
     )
 
 

@@ -29,7 +29,7 @@ import torch
 
 from lightning_opt.kernels import Later
 from lightning_opt.optim.phased import Phased
-from lightning_opt.plan import ConfigError, check_value
+from lightning_opt.plan import check_value
 
 
 class Dynamic(Phased):
@@ -68,14 +68,13 @@ class Dynamic(Phased):
         ramp: float = 0,
         **hyper: Any,
     ) -> None:
-        names = [name for name, entry in phases.items() if entry is not None]
-        if len(names) != 2:
-            raise ConfigError("optimizer.phases", names, "must be two: the calm one, then the rough one")
         given = {"signal": signal, "threshold": threshold, "hysteresis": hysteresis}
         given |= {"patience": patience, "dwell": dwell}
         given = {key: check_value(key, value, field=f"optimizer.{key}") for key, value in given.items()}
         self.signal, self._patience, self._dwell = given["signal"], given["patience"], given["dwell"]
-        self._limits = dict(zip(names, (given["threshold"], given["threshold"] * given["hysteresis"]), strict=True))
+        limits = given["threshold"], given["threshold"] * given["hysteresis"]
+        names = (name for name, entry in phases.items() if entry is not None)
+        self._limits = dict(zip(names, limits, strict=False))  # of two phases: `read_phases` refuses another number
         self._count = 0  # steps that the signal has been beyond the limit
         self._value, self._newest = math.nan, None
         super().__init__(params, phases, lr, warm=0, ramp=ramp, **hyper)

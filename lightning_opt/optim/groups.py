@@ -5,27 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from lightning_opt import kernels
 from lightning_opt.anatomy import LAYOUT
 from lightning_opt.kernels import Rule
+from lightning_opt.optim.catalogue import find_rule
 from lightning_opt.optim.saved import plain
 from lightning_opt.optim.schedules import steps_of
-from lightning_opt.plan import ConfigError, check_value, one_of
-from lightning_opt.plan.values import show
+from lightning_opt.plan import (
+    COMMON,
+    EXPERT_TOKENS,
+    OF_THE_RUN,
+    ConfigError,
+    RuleFacts,
+    check_options,
+    check_value,
+    minds_tokens,
+    one_of,
+    warms_by_fraction,
+)
 
-# Every rule has these; a rule adds its own (`Rule.defaults`).
-COMMON: dict[str, Any] = {
-    "lr": 1e-3,
-    "weight_decay": 0.0,
-    "weight_decay_mode": "decoupled",
-    "max_grad_norm": None,
-    "cautious": False,
-    "cautious_weight_decay": False,
-    "state_dtype": "float32",
-    "state_rounding": "nearest",
-    "weight_rounding": "nearest",
-    "implementation": "auto",
-}
 # What else a group may carry. Those in `LAYOUT` are lists aligned with the group's parameters, or None: what the model
 # says of each weight (see `anatomy.layouts`).
 # `lr_factor` multiplies the rate, whatever a schedule makes of `lr`: phases have rates of their own.
@@ -55,31 +56,69 @@ def checked(spec: Rule, group: Mapping[str, Any]) -> dict[str, Any]:
         found[key] = 0.0 if still else check_value(f"{spec.name}.{key}", value)
     if found.get("initial_lr") is not None:
         found["initial_lr"] = plain(found["initial_lr"])
-    only = {"cautious": False, "cautious_weight_decay": False, "weight_decay_mode": "decoupled"} if spec.writes else {}
-    for key, value in only.items():
-        if found[key] != value:
-            why = f"{spec.name} writes its weights itself: {show(value)} is all it can do"
-            raise ConfigError(f"{spec.name}.{key}", found[key], why)
-    if found["cautious_weight_decay"] and found["weight_decay_mode"] == "l2":
-        why = "false, or weight_decay_mode decoupled or independent: l2 decays through the gradient"
-        raise ConfigError(f"{spec.name}.cautious_weight_decay", True, why)
-    if found["state_dtype"] == "int8" and not (form := spec if spec.form is None else spec.form(found)).codes:
-        raise ConfigError(f"{spec.name}.state_dtype", "int8", f"{form.name} has float32 and bfloat16")
-    asked, possible = found["implementation"], kernels.possible(spec)
-    if asked != "auto" and asked not in possible:
-        raise ConfigError(f"{spec.name}.implementation", asked, f"{spec.name} has auto, {', '.join(possible)}")
+    check_options(facts_of(spec if spec.form is None else spec.form(found)), found, lambda key: f"{spec.name}.{key}")
     return found
 
 
-def warms_by_fraction(group: Mapping[str, Any]) -> bool:
-    """Whether a rule's own warm-up (`warmup_steps`) is a fraction of the run, whose length must be told then."""
-    return 0 < group.get("warmup_steps", 0) < 1
+def facts_of(rule: Rule) -> RuleFacts:
+    """What `plan` knows of a rule, from the rule itself."""
+    return RuleFacts(
+        rule.name,
+        keys=tuple(rule.defaults),
+        implementations=tuple(kernels.possible(rule)),
+        int8=bool(rule.codes),
+        averages=rule.averaged is not None,
+        writes=rule.writes,
+        least_ndim=rule.least_ndim,
+        needs=tuple(sorted(rule.needs)),
+    )
+
+
+def apart(group: Mapping[str, Any]) -> bool:
+    """Whether experts among a group's weights go each their own way (`optim.experts`)."""
+    return minds_tokens(group) and group["role"] in ("expert", "all")
+
+
+def needs_of(group: Mapping[str, Any]) -> frozenset[str]:
+    """Names of the signals that a group cannot do without."""
+    needs = set(find_rule(group["rule"]).needs)
+    if warms_by_fraction(group):
+        needs.add("run_length")
+    if apart(group):
+        needs.add(EXPERT_TOKENS)
+    return frozenset(needs)
+
+
+def check_members(rule: Rule, group: Mapping[str, Any]) -> None:
+    """Refuses parameters that a group's rule does not take.
+
+    Raises:
+        ConfigError: for a way of rounding that their dtype does not have.
+        ValueError: for one that is listed twice, complex, or no matrix where the rule is of matrices.
+    """
+    members = [entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]]
+    if len({id(p) for p in members}) != len(members):
+        raise ValueError("a parameter is listed twice in one group: tied weights are updated once")
+    for p in members:
+        if not isinstance(p, Tensor):
+            continue
+        if p.is_complex():
+            raise ValueError("complex parameters are not supported: train torch.view_as_real(p) instead")
+        if p.ndim < rule.least_ndim:
+            raise ValueError(
+                f"{rule.name} takes matrices, and a parameter has shape {tuple(p.shape)}: hand it the hidden "
+                "matrices only and the rest to another group, or let optim.build(model, config) route them by role"
+            )
+        if p.dtype == torch.float16 and group["weight_rounding"] == "stochastic":
+            why = "nearest or master: float16 weights are not rounded by chance"
+            raise ConfigError(f"{rule.name}.weight_rounding", "stochastic", why)
 
 
 def at_rate(group: dict[str, Any], run_length: int = 0) -> dict[str, Any]:
-    """The group with the rate that it steps by, the schedule's times its phase's, and its own warm-up in steps."""
+    """The group with the rate that it steps by, the schedule's times its phase's, and its own warm-ups in steps."""
     if warms_by_fraction(group):
-        group = {**group, "warmup_steps": steps_of(group["warmup_steps"], run_length)}
+        lengths = {key: group[key] for key in OF_THE_RUN if group.get(key)}
+        group = {**group, **{key: steps_of(length, run_length) for key, length in lengths.items()}}
     factor = group["lr_factor"]
     if factor == 1:
         return group

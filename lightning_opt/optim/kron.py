@@ -33,7 +33,7 @@ times; it leaves vectors without decay (here the YAML does).
 The study's version (levanter, arXiv 2509.02046): `block_size` 256, `normalize_grads` (each weight's gradient divided by
 its norm, in place of clipping), `preconditioner_lr` 0.2, `update_prob_flat_start` 2000, probability 0.05 to 0.1.
 
-Tuning: lr about a third of AdamW's (the study: 5e-4 to 2e-3 for 130M to 520M), decay 3 to 10 times AdamW's (0.5 to
+Tuning: rate about a third of AdamW's (the study: 5e-4 to 2e-3 for 130M to 520M), decay 3 to 10 times AdamW's (0.5 to
 0.7), beta1 0.9 to 0.95, warm-up 1000 steps.
 
 Traps: 4 bytes per weight for m and 4 (m^2 + n^2) / (m n) for the factors: 12 for a square matrix, 21 for 768 x 3072. A

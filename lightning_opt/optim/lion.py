@@ -16,8 +16,9 @@ large batches.
 Traps: below 64 sequences a batch the paper sees no gain over AdamW, and for ViT-B its best batch is 4096 where AdamW's
 is 256. Steps do not shrink at a minimum, only with the schedule: let it end near zero. Clipping changes only a
 gradient's share in the momentum, so it saves no run whose rate is too high. A weight whose gradient is exactly zero
-from some step on (rows of rare tokens) goes on by lr per step, 10,000 steps later still; `cautious` holds it.
-lion-pytorch's ``decoupled_weight_decay`` divides wd by the first rate: another number.
+from some step on (rows of rare tokens) goes on by lr per step, 10,000 steps later still; `cautious` holds it, and
+`sparse_experts` an expert without tokens. lion-pytorch's ``decoupled_weight_decay`` divides wd by the first rate:
+another number.
 """
 
 from __future__ import annotations

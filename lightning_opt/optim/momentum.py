@@ -10,14 +10,14 @@ Polyak 1964; Sutskever et al. 2013 for Nesterov's form; the letter of torch.opti
 gradient and so into the momentum (mode ``l2``). m is a sum, not a mean: a steady gradient moves the weight by
 lr / (1 - mu), so lr here is 1 - mu times plain SGD's. Dampening of mu makes m a mean (from its first gradient on).
 
-Tuning: mu 0.9, up to 0.98 for noisy gradients, lr together with it (lr / (1 - mu) is what counts). As SGD it has no
-scale per weight: on language models it stays behind adaptive rules (Zhao et al. 2024, arXiv 2407.07972), on
+Tuning: momentum mu 0.9, up to 0.98 for noisy gradients, lr together with it (lr / (1 - mu) is what counts). As SGD it
+has no scale per weight: on language models it stays behind adaptive rules (Zhao et al. 2024, arXiv 2407.07972), on
 convolutional networks it does not. Decay: lr * wd as plain SGD's, so wd is 1 / (1 - mu) times as large.
 
-Traps: mu 0.99 in place of 0.9 at the same lr makes steps ten times as long. torch's decay (mode ``l2``) goes through
-the momentum: its 5e-4 at mu 0.9 is 5e-3 decoupled. Keras keeps the rate inside the momentum, so the two part where
-a schedule changes it. torch 2.13's fused kernel leaves bfloat16 and float16 weights on a CPU as they are, all but the
-last n mod 16 of n: it is not used for them here. torch refuses nesterov with dampening; here both hold as written.
+Traps: momentum 0.99 in place of 0.9 at the same lr makes steps ten times as long. torch's decay (mode ``l2``) goes
+through the momentum: its 5e-4 at mu 0.9 is 5e-3 decoupled. Keras keeps the rate inside the momentum, so the two part
+where a schedule changes it. torch 2.13's fused kernel leaves bfloat16 and float16 weights on a CPU as they are, all but
+the last n mod 16 of n: it is not used for them here. torch refuses nesterov with dampening; here both hold as written.
 """
 
 from __future__ import annotations

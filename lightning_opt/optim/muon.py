@@ -21,13 +21,13 @@ the study's Muon (Wen et al. 2025, arXiv 2509.02046) keeps m <- mu m + g, which 
 ``original`` and clipping of the AdamW part only: it is this rule. timm's and dion's defaults differ (Nesterov off,
 other coefficients and scales).
 
-Tuning: lr 0.008 to 0.02 with ``original`` (the study: 0.016 at 130M, 0.004 at 1.2B), AdamW's rate and decay with
+Tuning: rate 0.008 to 0.02 with ``original`` (the study: 0.016 at 130M, 0.004 at 1.2B), AdamW's rate and decay with
 ``match_rms_adamw``; momentum 0.95 to 0.98; AdamW's part at 0.2 to 0.3 times the rate; decay 0.1 (without it Muon loses
 most of its lead); no warm-up needed, linear decay to 0. Gradients of the matrices need no clipping.
 
 Traps: NS keeps the size of the step whatever the gradient: an expert without tokens goes on moving along its old
-momentum. A step costs 2 to 17 % of training time on a GPU; on a CPU it dominates small models. Weights fused in a way
-the model does not tell (several matrices interleaved) are orthogonalised as one.
+momentum (`sparse_experts` holds it). A step costs 2 to 17 % of training time on a GPU; on a CPU it dominates small
+models. Weights fused in a way the model does not tell (several matrices interleaved) are orthogonalised as one.
 """
 
 from __future__ import annotations

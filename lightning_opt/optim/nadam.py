@@ -17,10 +17,10 @@ part if betas change within the first hundred steps; a state of torch's NAdam is
 Tuning: as AdamW. mu starts at beta1 / 2: with psi 0.004 it is 0.81 for beta1 0.9 only after 10,000 steps, so the
 first part of a run has little momentum; a short run wants a larger psi. torch's lr is 2e-3.
 
-Traps: mu follows the count of steps, not the schedule: 0.52 after 1000 steps for beta1 0.9, and a run that begins
-without its old states begins again at 0.45. What timm and AlgoPerf call NAdamW, and optax nadam, is the other rule
-(`nadamw`, the latter with ``bias_correction=two``). torch's decay goes into the gradient unless it is told otherwise.
-torch holds P in float32 also for float64 weights, so the two agree to float32's rounding only.
+Traps: the momentum mu follows the count of steps, not the schedule: 0.52 after 1000 steps for beta1 0.9, and a run that
+begins without its old states begins again at 0.45. What timm and AlgoPerf call NAdamW, and optax nadam, is the other
+rule (`nadamw`, the latter with ``bias_correction=two``). torch's decay goes into the gradient unless it is told
+otherwise. torch holds P in float32 also for float64 weights, so the two agree to float32's rounding only.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def _in_batches(stacks: list[Tensor], steps: int, coefficients: str, dtype: str)
     on_cpu = stacks[0].device.type == "cpu"
     at_once = max(1, _AT_ONCE // single) if not on_cpu or single < _BATCHED else 1
     matrices = [matrix for stack in stacks for matrix in stack.split(at_once)]
-    if at_once > 1:
+    if at_once > 1 and len(matrices) > 1:
         matrices = list(torch.cat(matrices).split(at_once))
     done = [newton_schulz(matrix, steps, coefficients, dtype) for matrix in matrices]
     return done[0] if len(done) == 1 else torch.cat(done)
@@ -133,11 +133,13 @@ def triples_of(coefficients: str, steps: int) -> list[Triple]:
 
 
 def _directly(x: Tensor, triples: Iterable[Triple]) -> Tensor:
-    """Step by step; `x` is overwritten."""
+    """Step by step; `x` is overwritten, and memory once taken is used again: on a CPU new memory costs as much."""
     other = torch.empty_like(x)
+    gram = x.new_empty(len(x), x.size(-2), x.size(-2))
+    polynomial = torch.empty_like(gram)
     for a, b, c in triples:
-        gram = torch.bmm(x, x.mT)
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c) if c else gram.mul_(b)
+        torch.bmm(x, x.mT, out=gram)
+        torch.baddbmm(gram, gram, gram, beta=b, alpha=c, out=polynomial) if c else torch.mul(gram, b, out=polynomial)
         torch.baddbmm(x, polynomial, x, beta=a, out=other)
         x, other = other, x
     return x
@@ -146,20 +148,28 @@ def _directly(x: Tensor, triples: Iterable[Triple]) -> Tensor:
 def _through_gram(x: Tensor, triples: Sequence[Triple]) -> Tensor:
     """The same polynomials, gathered in Q with X_k = Q X_0; X X^T is taken afresh after every two or three steps.
 
+    `x` is overwritten.
+
     In between it is carried on as P (X X^T) P. Where X has lost rank, rounding leaves negative eigenvalues, which every
     P enlarges 12 times and more (dao-lab.ai/blog/2026/gram-newton-schulz): float32 bears that twice, bfloat16 not once.
     """
     bounds = [0, *range(2, len(triples), 3), len(triples)]
+    other = torch.empty_like(x)
+    gram, polynomial, factor, spare = (x.new_empty(len(x), x.size(-2), x.size(-2)) for _ in range(4))
     for begin, end in itertools.pairwise(bounds):
-        gram, factor = torch.bmm(x, x.mT), None
+        torch.bmm(x, x.mT, out=gram)
         for k in range(begin, end):
             a, b, c = triples[k]
-            polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            torch.baddbmm(gram, gram, gram, beta=b, alpha=c, out=polynomial)
             polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
-            factor = polynomial if factor is None else torch.bmm(polynomial, factor)
+            if k == begin:
+                factor.copy_(polynomial)
+            else:
+                factor, spare = torch.bmm(polynomial, factor, out=spare), factor
             if k + 1 < end:
-                gram = torch.bmm(torch.bmm(polynomial, gram), polynomial)
-        x = x if factor is None else torch.bmm(factor, x)
+                torch.bmm(torch.bmm(polynomial, gram, out=spare), polynomial, out=gram)
+        if begin < end:
+            x, other = torch.bmm(factor, x, out=other), x
     return x
 
 

@@ -8,8 +8,9 @@ At a seam
 - states of the same name and shape go on: `exp_avg` is the average of the gradients to Lion as to AdamW;
 - states that only the coming rule has are filled during the last `warm` steps of the phase before: the coming rule runs
   along on a copy of the weight, parameter by parameter, and only its own states are kept. They count their own
-  updates, so bias corrections are right on the phase's first step. Rules that write their weights (schedule-free)
-  cannot run along and start fresh;
+  updates, so bias corrections are right on the phase's first step. As a fraction of the run, `warm` is at least 10
+  steps, in a phase that is that long. What comes as a signal (Sophia's estimates) is taken in meanwhile too. Rules that
+  write their weights (schedule-free) cannot run along and start fresh;
 - states that the coming rule does not have are dropped;
 - the rate is the schedule's times the phase's factor, multiplied at the step: schedules know nothing of phases. Over
   the first `ramp` steps of a phase it grows linearly to that.
@@ -33,19 +34,35 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_opt import kernels
+from lightning_opt.kernels import Rule
 from lightning_opt.optim.base import Optimizer
 from lightning_opt.optim.buckets import Row, filled_bucket, layout_of
 from lightning_opt.optim.catalogue import find_rule, rule_of
-from lightning_opt.optim.groups import COMMON, at_rate, checked, decay, warms_by_fraction
-from lightning_opt.optim.phase_plan import check_order, read_phases
+from lightning_opt.optim.groups import apart, at_rate, checked, decay
 from lightning_opt.optim.schedules import steps_of
-from lightning_opt.optim.storage import fresh_state, restored
-from lightning_opt.plan import ConfigError, check_value
+from lightning_opt.optim.seams import add_missing, carry, copied, fits
+from lightning_opt.optim.storage import fresh_state
+from lightning_opt.plan import (
+    COMMON,
+    EXPERT_TOKENS,
+    ConfigError,
+    check_order,
+    check_value,
+    read_phases,
+    warms_by_fraction,
+)
 
+FEWEST = 10  # steps: what `warm` as a fraction of the run comes to at least
 log = logging.getLogger("lightning_opt.optim")
+
+
+def _in_phases(group: dict[str, Any], by_phase: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """A group as it is in each phase."""
+    return [{**group, **values} for values in by_phase.values()]
 
 
 @dataclass(frozen=True)
@@ -77,7 +94,8 @@ class Phased(Optimizer):
             whose rule has them; a group with a ``rule`` keeps it.
         phases: name to ``{rule, until, lr_scale or lr, weight_decay, ...}``, in order; the last has no ``until``.
         lr: the rate that the phases' factors multiply (and schedules scale).
-        warm: steps (or fraction of the run) before a seam in which the coming rule's own states are filled.
+        warm: steps before a seam in which the coming rule's own states are filled; below 1 a fraction of the run, which
+            comes to at least 10.
         ramp: steps (or fraction of the run) after a seam over which the rate grows from zero.
         **hyper: hyperparameters of any phase's rule and the common ones; each rule takes those it has.
 
@@ -157,8 +175,23 @@ class Phased(Optimizer):
         """Signals of every phase's rules; ``run_length`` where anything is a fraction of the run."""
         found = super().needs.union(*(find_rule(phase.rule).needs for phase in self._phases.values()))
         lengths = [self._warm, self._ramp, *(phase.until for phase in self._phases.values())]
-        warming = any(warms_by_fraction(values) for by_phase in self._by_phase for values in by_phase.values())
+        of_phases = [v for pair in zip(self.param_groups, self._by_phase, strict=True) for v in _in_phases(*pair)]
+        if any(map(apart, of_phases)):
+            found |= {EXPERT_TOKENS}
+        warming = any(map(warms_by_fraction, of_phases))
         return found | {"run_length"} if warming or any(length and length < 1 for length in lengths) else found
+
+    def observing(self, signal: str) -> list[dict[str, Any]]:
+        """And those of the coming phase's rule, whose states are being filled."""
+        found = super().observing(signal)
+        taken = {id(p) for group in found for p in group["params"]}
+        coming = [group for group in self._coming_groups() if signal in rule_of(group).observed]
+        return found + [group for group in coming if taken.isdisjoint(map(id, group["params"]))]
+
+    def _coming_groups(self) -> list[dict[str, Any]]:
+        """The groups as the coming phase will have them."""
+        pairs = zip(self.param_groups, self._by_phase, strict=True)
+        return [{**group, **by_phase[self._coming]} for group, by_phase in pairs if by_phase and self._coming]
 
     @property
     def averages(self) -> bool:
@@ -169,9 +202,21 @@ class Phased(Optimizer):
     def observe(self, **signals: Any) -> None:
         """As `Optimizer.observe`; with the length of the run all phases have their places."""
         super().observe(**signals)
+        self._observe_ahead(signals)
         if "run_length" in signals:
             self.describe()
             self._set_rates()
+
+    @torch.no_grad()
+    def _observe_ahead(self, signals: Mapping[str, Any]) -> None:
+        """Takes signals into the states that are being filled, which count them."""
+        for group in self._coming_groups():
+            rule = rule_of(group)
+            for name in rule.observed.keys() & signals.keys():
+                for index, p in enumerate(group["params"]):
+                    if p in signals[name] and (state := self._filled(rule, group, p, index)):
+                        rule.observed[name](state, signals[name][p], group)
+                        state["ahead"] = {held: count + 1 for held, count in state["ahead"].items()}
 
     def begin_at(self, step: int) -> None:
         """Goes to where a run is after so many steps that another optimizer took."""
@@ -198,8 +243,8 @@ class Phased(Optimizer):
 
     def _next(self) -> tuple[str | None, str | None]:
         """The phase whose states should be filled from the next step on, and why it begins with the next step."""
-        end = self.steps(self._phases[self.phase].until)
-        if end is None or self.taken < end - self.steps(self._warm):
+        end, warm = self.steps(self._phases[self.phase].until), self.steps(self._warm)
+        if end is None or self.taken < end - (max(warm, FEWEST) if 0 < self._warm < 1 else warm):
             return None, None
         names = list(self._phases)
         return names[names.index(self.phase) + 1], f"{self.phase} ends there" if self.taken >= end else None
@@ -228,31 +273,24 @@ class Phased(Optimizer):
 
     def _update(self, groups: list[dict[str, Any]] | None = None) -> None:
         assert groups is None, "refused by `optim.releasing`"
-        for group, by_phase in zip(self.param_groups, self._by_phase, strict=True):
-            if self._coming is not None and by_phase:
-                self._fill({**group, **by_phase[self._coming], "cautious": False})
+        for group in self._coming_groups():
+            self._fill({**group, "cautious": False})
         super()._update(groups)
 
     def _fill(self, group: dict[str, Any]) -> None:
         """Lets the coming rule run along on copies, one parameter at a time; only its own states stay."""
-        rule, view = rule_of(group), at_rate(group)
+        rule, view = rule_of(group), at_rate(group, self._signals.get("run_length", 0))
         if rule.writes:
             return
         l2 = None if rule.own_decay else decay(view)[1]
+        tokens = self._tokens_of(view)
         for index, p in enumerate(group["params"]):
-            state = self.state.get(p)
-            if p.grad is None or not state:
+            if p.grad is None or (state := self._filled(rule, view, p, index)) is None:
                 continue
-            layout = layout_of(group, index)
-            fresh = fresh_state(rule, view, p, layout)
-            if not all(_fits(state[name], fresh[name]) for name in fresh if name in state):
-                continue  # a state that means something else to the rule of now
-            _add_missing(state, fresh)
-            if not (ahead := state.get("ahead")):
-                continue  # the rule of now has them all
-            copies = {name: value if name in ahead else _copy(value) for name, value in state.items()}
+            ahead = state["ahead"]
+            copies = {name: value if name in ahead else copied(value) for name, value in state.items()}
             del copies["ahead"]
-            row = Row.of(rule, p.detach().clone(), p.grad, copies, layout)
+            row = Row.of(rule, p.detach().clone(), p.grad, copies, layout_of(group, index), tokens.get(p))
             step = state["step"] + 1
             skip = self._skip.to(p.device) if isinstance(self._skip, Tensor) else None
             bucket = filled_bucket(rule, [row], step, view, shrink=None, l2=l2, skip=skip)
@@ -261,14 +299,36 @@ class Phased(Optimizer):
             kernels.run("foreach" if rule.elementwise else "whole", rule, bucket)
             state.update({name: copies[name] for name in ahead})
 
+    def _filled(self, rule: Rule, group: Mapping[str, Any], p: Tensor, index: int) -> dict[str, Any] | None:
+        """A parameter's state with what the coming rule lacks; None where that has all, or cannot have it yet."""
+        if not (state := self.state.get(p)):
+            return None
+        fresh = fresh_state(rule, group, p, layout_of(group, index))
+        if all(fits(state[name], fresh[name]) for name in fresh if name in state):  # else it means something else now
+            add_missing(state, fresh)
+        return state if state.get("ahead") else None
+
+    def _warn_of_unfed(self, name: str) -> None:
+        """Says it where a rule begins without any value of a signal that its states are made of."""
+        for group, by_phase in zip(self.param_groups, self._by_phase, strict=True):
+            rule = find_rule(by_phase[name]["rule"] if by_phase else group["rule"])
+            held = [self.state[p] for p in group["params"] if self.state.get(p)] if by_phase and rule.observed else []
+            if any(set(rule.state) - state.keys() or 1 in state.get("ahead", {}).values() for state in held):
+                signals = ", ".join(rule.observed)
+                log.warning(
+                    "phase %s begins before any %s came: %s starts from zero; longer `warm`", name, signals, rule.name
+                )
+                return
+
     def _switch(self, name: str, reason: str) -> None:
         self._settle()
+        self._warn_of_unfed(name)
         switch = Switch(self.taken, self.phase, name, self._phases[name].rule, reason)
         self._enter(name)
         for group, by_phase in zip(self.param_groups, self._by_phase, strict=True):
             for index, p in enumerate(group["params"] if by_phase else ()):
                 if state := self.state.get(p):
-                    _carry(state, group, p, layout_of(group, index))
+                    carry(state, group, p, layout_of(group, index))
         self._entered, self._coming = self.taken, None
         log.info("phase      %s", switch)
         for hook in list(self._on_switch):
@@ -282,7 +342,7 @@ class Phased(Optimizer):
                 for key in find_rule(group["rule"]).defaults:
                     group.pop(key, None)
                 group.update(by_phase[name])
-        self._elements.clear()
+        self._inventory.forget()
 
     def _forget(self, name: str | None) -> None:
         """Drops the states that were being filled for a phase that does not come after all."""
@@ -335,34 +395,3 @@ class Phased(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_on_switch", [])
-
-
-def _copy(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else dict(value) if isinstance(value, Mapping) else value
-
-
-def _fits(held: Any, wanted: Any) -> bool:
-    return type(held) is type(wanted) and (not isinstance(wanted, Tensor) or held.shape == wanted.shape)
-
-
-def _add_missing(state: dict[str, Any], fresh: Mapping[str, Any]) -> None:
-    """Gives a parameter the states that it lacks for the coming rule, and their own count."""
-    for name, value in fresh.items():
-        if name not in state:
-            state[name] = value
-            state.setdefault("since", {})[name] = state["step"]
-            state.setdefault("ahead", {})[name] = 1
-
-
-def _carry(state: dict[str, Any], group: Mapping[str, Any], p: Tensor, layout: Mapping[str, Any]) -> None:
-    """Makes a parameter's state, in place, what the group's new rule wants."""
-    rule = rule_of(group)
-    fresh = fresh_state(rule, group, p, layout)
-    since, step = state.pop("since", {}), state["step"]
-    state.pop("ahead", None)
-    kept = restored(rule, group, p, {name: state[name] for name in fresh if _fits(state.get(name), fresh[name])})
-    state.clear()
-    state |= {"step": step, **fresh, **kept}
-    counts = {name: since.get(name, 0) if name in kept else step for name in fresh}
-    if counts := {name: count for name, count in counts.items() if count}:
-        state["since"] = counts

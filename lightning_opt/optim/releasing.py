@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_opt.anatomy import LAYOUT
 from lightning_opt.optim.base import Optimizer
 from lightning_opt.optim.catalogue import rule_of
+from lightning_opt.optim.groups import needs_of
 from lightning_opt.optim.phased import Phased
 from lightning_opt.plan import ConfigError
 
@@ -103,7 +104,7 @@ def refuse(optimizer: Optimizer, *, clip_each: bool, accumulate: int = 1, guarde
     ]
     for group in groups:
         rule = rule_of(group)
-        if measured := sorted(rule.needs - {"run_length"}):
+        if measured := sorted(needs_of(group) - {"run_length"}):
             found.append((True, f"{rule.name} cannot be had with it: {', '.join(measured)} is fed before the step"))
         if not rule.elementwise or rule.together is not None:
             found.append((True, f"{rule.name} cannot be had with it: it works on many tensors at once"))

@@ -11,7 +11,7 @@ Tieleman and Hinton 2012 (lecture 6.5); centered: Graves 2013 (arXiv 1308.0850);
 (there decay is mode ``l2``). No bias correction: the first step is lr / sqrt(1 - alpha) whatever the gradient, 10 lr
 at alpha 0.99, so warm up. Elsewhere the same name means eps inside the root (TensorFlow) or debiased (heavyball).
 
-Tuning: lr 1e-3 to 1e-2 without momentum; with momentum divide it by 1 / (1 - momentum), since b is a sum. alpha 0.99
+Tuning: rate 1e-3 to 1e-2 without momentum; with momentum divide it by 1 / (1 - momentum), since b is a sum. alpha 0.99
 forgets over 100 steps; language models take 0.95 to 0.99 as they take Adam's beta2. Each option costs 4 bytes per
 weight.
 

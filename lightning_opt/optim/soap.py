@@ -30,9 +30,9 @@ arXiv 2509.02046, took 256 and 512); `one_sided` gives only the shorter side of 
 basis (the paper's section 7); `merge_dims` merges neighbouring dimensions while their product stays within
 `max_precond_dim`; `normalize_grads` divides each step by its root mean square (for f near 100).
 
-Tuning: lr 3e-3 is the paper's start, 4e-3 to 1.6e-2 the study's for 130M to 1.2B, warm-up 500 to 1000 steps; betas
-(0.95, 0.95), or (0.95, 0.99) with `shampoo_beta` 0.9 to 0.98 as in the study. Decay 0.1.
-Away from its best, in the study, twice the lr cost 0.007 nats on average and four times the batch 0.34.
+Tuning: a rate of 3e-3 is the paper's start, 4e-3 to 1.6e-2 the study's for 130M to 1.2B, warm-up 500 to 1000 steps;
+betas (0.95, 0.95), or (0.95, 0.99) with `shampoo_beta` 0.9 to 0.98 as in the study. Decay 0.1. Away from its best, in
+the study, twice the lr cost 0.007 nats on average and four times the batch 0.34.
 
 Traps: 8 bytes per weight for m and v and 8 (m^2 + n^2) / (m n) for the matrices: 24 for a square one, 42 for 768 x
 3072. Median step times hide the QR: report means over whole periods. m and v are kept in the eigenbases and mean

@@ -22,12 +22,14 @@ Sophia-H: `estimator: hutchinson`, gamma 0.0125, eps 1e-7, interval 10.
 Tuning: rate and decay as for AdamW (the repository: a little below AdamW's rate, decay 0.2). gamma so that 10 to 50 %
 of the elements are not clipped: larger gamma clips fewer. betas (0.965, 0.99).
 
-Traps: h is 0 until the first estimate and small for some more, and then every step is lr sign(m): Lion without decay of
-its sign, so warm up. `bs` defaults to 5120 in the repository and is wrong for everyone else; here the estimate carries
-the tokens. With float16 the estimate must be taken without the loss scaler. The two studies that tuned everything
-saw no gain over AdamW, and divergence in long runs at small batches (arXiv 2509.01440): read them before you hope.
-pytorch_optimizer has SophiaH only, with update_period 10 and its own Hessian code. The operations counted below are
-those of a step alone: the passes that make an estimate every `interval` (10) steps come on top, and h's average.
+Traps: the average h is 0 until the first estimate and small for some more, and then every step is lr sign(m): Lion
+without decay of its sign, so warm up. As a phase that comes later (`optim.phased`) it begins with the mean of the
+estimates of the `warm` steps before the seam, which should be several times `interval`; without one the log says so.
+`bs` defaults to 5120 in the repository and is wrong for everyone else; here the estimate carries the tokens. With
+float16 the estimate must be taken without the loss scaler. The two studies that tuned everything saw no gain over
+AdamW, and divergence in long runs at small batches (arXiv 2509.01440): read them before you hope. pytorch_optimizer has
+SophiaH only, with update_period 10 and its own Hessian code. The operations counted below are those of a step alone:
+the passes that make an estimate every `interval` (10) steps come on top, and h's average.
 """
 
 from __future__ import annotations
@@ -118,9 +120,9 @@ def update(p: Any, g: Any, m: Any, h: Any, *, lr: float, new1: float, gamma: flo
 
 
 def observed(state: dict[str, Any], estimate: Tensor, group: Mapping[str, Any]) -> None:
-    """Takes one estimate of the Hessian's diagonal into a parameter's average."""
-    h = state["hessian"]
-    h.lerp_(estimate.to(h.dtype), 1 - group["betas"][1])
+    """Takes one estimate of the Hessian's diagonal into a parameter's average; before a seam into their plain mean."""
+    h, early = state["hessian"], state.get("ahead", {}).get("hessian")
+    h.lerp_(estimate.to(h.dtype), max(1 - group["betas"][1], 1 / early if early else 0.0))
 
 
 RULE = Rule(

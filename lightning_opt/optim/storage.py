@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_opt.kernels import Bucket, Coded, Rule, quantised
+from lightning_opt.optim.blocks import is_stack
 
 log = logging.getLogger("lightning_opt.optim")
 
@@ -26,13 +27,15 @@ def state_dtypes(rule: Rule, group: Mapping[str, Any], p: Tensor) -> dict[str, t
     """The dtype of each of a parameter's states: `state_dtype`, but what the rule needs wide is never narrower.
 
     ``int8`` holds what `Rule.codes` names, in weights of at least 4096 elements that are no embeddings (rare rows would
-    lose to frequent ones in their block) and, where they are sharded, of which every rank holds whole blocks.
+    lose to frequent ones in their block), of which every rank holds whole blocks where they are sharded and every
+    expert does where they are a stack: a block never holds weights of two experts.
     """
     if p.dtype == torch.float64:
         return dict.fromkeys(rule.state, torch.float64)
     asked = getattr(torch, group["state_dtype"])
     if asked == torch.int8:
         coded = p.numel() >= SMALLEST_CODED and group["role"] != "embedding" and quantised.fits(p)
+        coded = coded and not (is_stack(p, group["role"]) and p.shape[1:].numel() % quantised.BLOCK)
         return {name: rule.codes.get(name, torch.float32) if coded else torch.float32 for name in rule.state}
     return {name: torch.float32 if name in rule.wide_state else asked for name in rule.state}
 

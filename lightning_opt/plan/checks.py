@@ -17,12 +17,12 @@ from lightning_opt.plan.lengths import (
     steps_for_warmup,
     token_budget,
 )
+from lightning_opt.plan.optimizers import check_optimizer
 from lightning_opt.plan.processes import place
 from lightning_opt.plan.resuming import check_allowed
 from lightning_opt.plan.values import LARGEST_TRAINED_VOCABULARY, RULES, ConfigError, check_value, rule_for
-from lightning_opt.plan.words import near_path, one_of
+from lightning_opt.plan.words import near_path
 
-ROLES = ("default", "matrix", "expert", "embedding", "head", "norm", "bias", "router", "other")
 _NO_RULE_BELOW = ("callbacks.", "logger.")  # other people's keywords
 _OURS = "lightning_opt.callbacks."
 
@@ -70,11 +70,11 @@ def check(config: dict[str, Any], *, sequences: int | None = None) -> RunPlan:
     _check_name(config["name"])
     check_allowed(config.get("resume_allow", []))
     _check_model(config["model"])
-    _check_roles(config["optimizer"])
     _check_data(config["data"], config["model"])
     _check_devices(config["trainer"])
     _check_callbacks(config.get("callbacks") or {})
     plan = _plan(config, sequences)
+    check_optimizer(config, plan.max_steps)
     check_update_in_backward(config, plan)
     return plan
 
@@ -132,19 +132,20 @@ def _check_name(name: Any) -> None:
 
 
 def _check_model(model: dict[str, Any]) -> None:
-    hidden, heads = model.get("hidden_size"), model.get("num_heads")
+    hidden, heads, head = model.get("hidden_size"), model.get("num_heads"), model.get("head_dim")
     if hidden and heads:
-        if hidden % heads:
+        if not head and hidden % heads:
             near = " or ".join(str(n) for n in _divisors_near(hidden, heads))
             raise ConfigError("model.num_heads", heads, f"must divide model.hidden_size = {hidden}, for example {near}")
-        if hidden // heads % 2:
-            raise ConfigError(
-                "model.num_heads", heads, f"must leave an even head size (rotary embedding), not {hidden // heads}"
-            )
+        turned = int((head or hidden // heads) * model.get("rotary_fraction", 1))
+        if turned % 2 or not turned:
+            field, value = ("model.head_dim", head) if head else ("model.num_heads", heads)
+            raise ConfigError(field, value, f"must leave an even head size (rotary embedding), not {turned}")
         kv_heads = model.get("num_kv_heads")
         if kv_heads and heads % kv_heads:
             near = " or ".join(str(n) for n in _divisors_near(heads, kv_heads))
             raise ConfigError("model.num_kv_heads", kv_heads, f"must divide model.num_heads = {heads}: {near}")
+    _check_experts(model)
     if model.get("_target_") == "lightning_opt.models.gpt2" and isinstance(model.get("init"), str):
         raise ConfigError("model.init", model["init"], "must be a number for GPT-2, whose own is 0.02")
     path = model.get("path")
@@ -152,6 +153,18 @@ def _check_model(model: dict[str, Any]) -> None:
         raise ConfigError("model.path", path, "must name a folder with a Hugging Face model, or a hub id")
     if path and not is_hub_id(path):
         _check_model_folder(model)
+
+
+def _check_experts(model: dict[str, Any]) -> None:
+    count, chosen = model.get("num_experts"), model.get("experts_per_token")
+    if count and chosen and chosen > count:
+        raise ConfigError("model.experts_per_token", chosen, f"must be at most model.num_experts = {count}")
+    layers, dense = model.get("num_layers"), model.get("dense_layers")
+    if count and layers and dense is not None and dense >= layers:
+        why = f"must be less than model.num_layers = {layers}: the others have experts"
+        raise ConfigError("model.dense_layers", dense, why)
+    if count and model.get("init") == "study":
+        raise ConfigError("model.init", "study", "must be width or a number for a model with experts")
 
 
 def _check_model_folder(model: dict[str, Any]) -> None:
@@ -173,19 +186,6 @@ def _check_model_folder(model: dict[str, Any]) -> None:
 def _divisors_near(number: int, wish: int) -> list[int]:
     divisors = [n for n in range(1, number + 1) if number % n == 0]
     return sorted(sorted(divisors, key=lambda n: abs(math.log(n / wish)))[:2])
-
-
-def _check_roles(optimizer: dict[str, Any]) -> None:
-    for role, settings in (optimizer.get("roles") or {}).items():
-        field = f"optimizer.roles.{role}"
-        if role not in ROLES:
-            raise ConfigError(field, settings, f"unknown role; {one_of(role, ROLES)}")
-        if not isinstance(settings, dict):
-            raise ConfigError(field, settings, "must be a map, for example {weight_decay: 0.0}")
-        for key in settings:
-            known = {"rule", *optimizer} - {"name", "roles"}
-            if key not in known and rule_for(key) is None:
-                raise ConfigError(f"{field}.{key}", settings[key], f"unknown hyperparameter; {one_of(key, known)}")
 
 
 def _check_data(data: dict[str, Any], model: dict[str, Any]) -> None:

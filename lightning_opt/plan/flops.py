@@ -4,11 +4,16 @@ from __future__ import annotations
 
 
 def flops_per_token(
-    non_embedding_params: int, num_layers: int, hidden_size: int, sequence_length: int, vocab_size: int
+    non_embedding_params: int,
+    num_layers: int,
+    hidden_size: int,
+    sequence_length: int,
+    vocab_size: int,
+    attention_width: float | None = None,
 ) -> int:
     """Floating-point operations of one training token, forward and backward.
 
-    ``6 N + 12 L h s + 6 h V``: two operations per parameter forward and four backward (N without the embedding), the
+    ``6 N + 12 L a s + 6 h V``: two operations per parameter forward and four backward (N without the embedding), the
     attention scores and their product with the values (not halved for causality), and the output head. What activation
     checkpointing computes twice does not count, so this is the numerator of model FLOPs utilisation (PaLM,
     arXiv:2204.02311, appendix B, which counts the head inside N).
@@ -16,13 +21,13 @@ def flops_per_token(
     Args:
         non_embedding_params: N; for mixtures of experts the parameters that one token uses.
         num_layers: L.
-        hidden_size: h = heads x head dimension.
+        hidden_size: h, width of the residual stream.
         sequence_length: s, tokens.
         vocab_size: V, rows of the output head.
+        attention_width: a = heads x head dimension (the mean of a query's and a value's); None where that is h.
     """
-    return int(
-        6 * non_embedding_params + 12 * num_layers * hidden_size * sequence_length + 6 * hidden_size * vocab_size
-    )
+    attention = 12 * num_layers * (attention_width or hidden_size) * sequence_length
+    return int(6 * non_embedding_params + attention + 6 * hidden_size * vocab_size)
 
 
 def non_embedding_params(
@@ -41,3 +46,29 @@ def non_embedding_params(
     """
     key_width = hidden_size * (num_kv_heads or num_heads) // num_heads
     return num_layers * (mlp_matrices * hidden_size * intermediate_size + 2 * hidden_size * (hidden_size + key_width))
+
+
+def mixture_params(
+    num_layers: int,
+    hidden_size: int,
+    intermediate_size: int,
+    num_heads: int,
+    num_kv_heads: int | None = None,
+    head_dim: int | None = None,
+    *,
+    num_experts: int,
+    experts_per_token: int,
+    expert_size: int,
+    shared_experts: int,
+    dense_layers: int,
+) -> int:
+    """Matrix parameters that one token uses in a decoder with experts, without embedding, head, norms and biases.
+
+    Attention of every layer, the gated MLP of the first ``dense_layers``, and in each other layer the router, the
+    shared experts and ``experts_per_token`` of the routed ones; all of these give the count of all weights.
+    """
+    head_dim = head_dim or hidden_size // num_heads
+    attention = 2 * hidden_size * head_dim * (num_heads + (num_kv_heads or num_heads))
+    dense = 3 * hidden_size * intermediate_size
+    sparse = 3 * hidden_size * expert_size * (experts_per_token + shared_experts) + num_experts * hidden_size
+    return num_layers * attention + dense_layers * dense + (num_layers - dense_layers) * sparse

@@ -5,11 +5,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from lightning_opt.plan.flops import non_embedding_params
+from lightning_opt.plan.flops import mixture_params, non_embedding_params
 from lightning_opt.plan.values import ConfigError
 
 CHINCHILLA = 20  # tokens per non-embedding parameter at scale 1x, as in arXiv:2509.02046
 _LENGTHS = ("max_steps", "max_tokens", "max_epochs")
+_SHAPES = {"gpt2": ("num_layers", "hidden_size", "num_heads")}  # what the builders' weights are counted from
+_SHAPES["llama"] = (*_SHAPES["gpt2"], "intermediate_size")
+_SHAPES["glm4_moe"] = (
+    *_SHAPES["llama"],
+    *("num_experts", "experts_per_token", "expert_size", "shared_experts", "dense_layers"),
+)
 
 
 def steps_for_tokens(tokens: int, global_batch_size: int, sequence_length: int) -> int:
@@ -54,15 +60,21 @@ def split_batch(trainer: dict[str, Any]) -> tuple[int, int, int]:
 
 
 def params_for_length(model: dict[str, Any]) -> int | None:
-    """Non-embedding parameters: from the shape where it is ours, else as the model's file states them, else None."""
-    target, inner = model.get("_target_"), model.get("intermediate_size")
-    layers, hidden, heads = (model.get(key) for key in ("num_layers", "hidden_size", "num_heads"))
-    if layers and hidden and heads:
-        if target == "lightning_opt.models.gpt2":
-            return non_embedding_params(layers, hidden, 4 * hidden, heads, mlp_matrices=2)
-        if target == "lightning_opt.models.llama" and inner:
-            return non_embedding_params(layers, hidden, inner, heads, model.get("num_kv_heads"))
-    return model.get("non_embedding_params")
+    """Non-embedding parameters: from the shape where it is ours, else as the model's file states them, else None.
+
+    Of experts only those that one token is sent to: it is they that a token trains.
+    """
+    kind, stated = str(model.get("_target_")).removeprefix("lightning_opt.models."), model.get("non_embedding_params")
+    shape = {key: model.get(key) for key in _SHAPES.get(kind, ())}
+    optional = {key: model[key] for key in ("num_kv_heads", "head_dim") if model.get(key) is not None}
+    numbers = (*shape.values(), *optional.values())
+    if not shape or not all(isinstance(number, int | float) for number in numbers) or not shape["num_heads"]:
+        return stated  # of another builder; or `check` has something to say
+    if kind == "gpt2":
+        return non_embedding_params(**shape, intermediate_size=4 * shape["hidden_size"], mlp_matrices=2)
+    if kind == "llama":
+        return non_embedding_params(**shape, num_kv_heads=optional.get("num_kv_heads"))
+    return mixture_params(**shape, **optional)
 
 
 def token_budget(config: dict[str, Any]) -> int | None:

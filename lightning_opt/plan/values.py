@@ -53,10 +53,10 @@ class Rule:
     """What one field may hold.
 
     Attributes:
-        kind: ``float``, ``int``, ``bool``, ``str``, ``choice``, ``floats`` (a list) or ``warmup``.
+        kind: ``float``, ``int``, ``bool``, ``str``, ``choice``, ``floats`` or ``words`` (lists) or ``warmup``.
         low: smallest value; ``low_open`` excludes it.
         high: largest value; ``high_open`` excludes it.
-        choices: allowed words (``choice``), or words allowed beside a number (other kinds).
+        choices: allowed words (``choice``, ``words``), or words allowed beside a number (other kinds).
         pattern: regular expression a word may match instead of being one of `choices`.
         booleans: the choices that false and true mean; YAML reads an unquoted `off` as false.
         length: number of items of ``floats``.
@@ -83,6 +83,8 @@ class Rule:
             return self.expected
         if self.kind == "choice":
             text = f"must be one of {', '.join(self.choices)}"
+        elif self.kind == "words":
+            text = f"must be a list of some of {', '.join(self.choices)}"
         else:
             noun = {"float": "a number", "int": "a whole number", "bool": "true or false", "str": "a word"}
             many = f"a list of {self.length} numbers, each" if self.length else "a list of numbers, each"
@@ -121,6 +123,9 @@ class Rule:
         if value is None:
             if self.none:
                 return None
+        elif self.kind == "words":
+            known = isinstance(value, (list, tuple)) and all(item in self.choices for item in value)
+            result = tuple(word for word in self.choices if word in value) if known and value else None
         elif isinstance(value, bool) and self.booleans:
             return self.booleans[value]
         elif isinstance(value, str) and (value in self.choices or (self.pattern and re.fullmatch(self.pattern, value))):
@@ -171,6 +176,13 @@ _FRACTION = {"low": 0, "high": 1, "high_open": True}
 SMALLEST_VOCABULARY = 257
 LARGEST_TRAINED_VOCABULARY = 16384  # of 6 MB of text: each entry is seen about a hundred times
 
+_OWN_WARMUP = Rule(
+    "warmup",
+    low_open=True,
+    none="no warm-up",
+    expected="must be a fraction of the run (> 0 and < 1) or a whole number of steps (>= 1), or null for no warm-up",
+)
+
 RULES: dict[str, Rule] = {
     # optimizer (the last part of the name is enough, so roles and constructors obey them too)
     "lr": _positive("typical 1e-4 to 1e-2"),
@@ -192,6 +204,10 @@ RULES: dict[str, Rule] = {
     "state_dtype": _choice("float32", "bfloat16", "int8"),
     "state_rounding": _choice("nearest", "stochastic"),
     "weight_rounding": _choice("nearest", "stochastic", "master"),
+    "sparse_experts": _count(0, "tokens in a step, with fewer an expert rests; 0 = none rests"),
+    "sparse_parts": Rule("words", choices=("update", "decay", "momentum")),
+    "expert_rate": _choice("none", "sqrt_load", "inverse_sqrt_load"),
+    "expert_rate_bound": _number(1, hint="largest factor, typical 2"),
     "implementation": _choice("auto", "eager", "foreach", "compiled", "fused", "whole"),
     "cautious": Rule("bool"),
     "cautious_weight_decay": Rule("bool"),
@@ -211,8 +227,8 @@ RULES: dict[str, Rule] = {
     "clip_exponent": _number(0, hint="the paper's is 0.25", none="no clipping"),
     "beta3": _number(**_FRACTION, hint="typical 0.999 to 0.9999"),
     "ademamix.alpha": _number(0, hint="typical 2 to 8"),
-    "alpha_warmup": _count(hint="steps, as many as the run has", none="no warm-up"),
-    "beta3_warmup": _count(hint="steps, as many as the run has", none="no warm-up"),
+    "alpha_warmup": _OWN_WARMUP,
+    "beta3_warmup": _OWN_WARMUP,
     "warmup_steps": Rule(
         "warmup",
         expected="must be a fraction of the run (>= 0 and < 1) or a whole number of steps; typical 0.02 to 0.05",
@@ -305,7 +321,17 @@ RULES: dict[str, Rule] = {
     "num_layers": _count(),
     "num_heads": _count(),
     "num_kv_heads": _count(none="as many as num_heads"),
+    "head_dim": _count(none="hidden_size / num_heads"),
     "intermediate_size": _count(),
+    "num_experts": _count(2),
+    "experts_per_token": _count(),
+    "expert_size": _count(hint="width of one expert"),
+    "shared_experts": _count(hint="experts that every token goes through"),
+    "dense_layers": _count(0, "first layers without experts"),
+    "experts_implementation": _choice("auto", "eager", "batched_mm", "grouped_mm"),
+    "qkv_bias": Rule("bool"),
+    "rotary_fraction": _number(0, 1, low_open=True, hint="share of a head that turns with its position"),
+    "rope_theta": _positive("base of the rotary frequencies, typical 1e4 to 1e6"),
     "vocab_size": _count(SMALLEST_VOCABULARY, "256 bytes and the end of text", none="the tokenizer's own"),
     "context_length": _count(8),
     "tie_embeddings": Rule("bool"),
@@ -344,6 +370,21 @@ RULES: dict[str, Rule] = {
     "callbacks.OptimizerSignals.window": _count(2, "optimizer steps"),
     "callbacks.Throughput.warmup_steps": _count(0),
     "callbacks.Export.dtype": _choice("float32", "bfloat16", "float16", none="as trained"),
+    "callbacks.ExpertLoadMonitor.keys": _choice("brief", "detailed"),
+    "callbacks.ExpertLoadMonitor.cv_limit": _positive("typical 0.8; at most sqrt(experts / experts per token - 1)"),
+    "callbacks.ExpertLoadMonitor.dead_steps": _count(hint="optimizer steps without a token"),
+    "callbacks.ExpertLoadMonitor.history": _count(2, "steps that are kept for the picture"),
+    "callbacks.ExpertBalance.rate": _number(0, 1, none="0.001, and more in a run of few steps", hint="0 = off"),
+    "callbacks.ExpertBalance.centred": Rule("bool"),
+    "callbacks.ExpertBalance.until": Rule(
+        "warmup",
+        low_open=True,
+        none="to the end",
+        expected="must be a fraction of the run (> 0 and < 1) or a whole number of steps (>= 1), or null for no end",
+    ),
+    "callbacks.RouterLosses.balance": _number(0, hint="typical 1e-4 beside a correction bias, 1e-2 alone; 0 = off"),
+    "callbacks.RouterLosses.over": _choice("layer", "sequence", "global"),
+    "callbacks.RouterLosses.z": _number(0, hint="typical 1e-3; 0 = off"),
     "callbacks.EMA.decay": _number(**_FRACTION, hint="typical 0.99 to 0.9999"),
 }
 

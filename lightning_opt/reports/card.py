@@ -125,9 +125,16 @@ def _validation(run: Run) -> str:
     return f"{q.number(loss)} nats per token (perplexity {q.number(run.summary.get('val_perplexity'))}{more})"
 
 
+def _used_by_a_token(run: Run) -> float | None:
+    """Parameters outside the embedding, of experts only those that one token is sent to."""
+    names = ("params_non_embedding", "params_total", "params_active")
+    size, total, active = (q.finite(run.summary.get(name)) for name in names)
+    return size if None in (size, total, active) else size - (total - active)
+
+
 def _limits(run: Run, entries: Sequence[Score]) -> tuple[str, ...]:
     limits = list(findings.notes(run, entries))
-    tokens, size = q.finite(run.summary.get("tokens")), q.finite(run.summary.get("params_non_embedding"))
+    tokens, size = q.finite(run.summary.get("tokens")), _used_by_a_token(run)
     if tokens is not None and size and not _origin(run):
         limits.append(
             f"Trained on {q.number(tokens / size, 3)} tokens per parameter outside the embedding "

@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from lightning_opt.reports import card, figures, findings, markdown, settings, style, tables
+from lightning_opt.reports import card, experts, figures, findings, markdown, settings, style, tables
 from lightning_opt.reports import quantities as q
 from lightning_opt.reports.canvas import Figure
 from lightning_opt.reports.commands import next_commands
@@ -77,6 +77,7 @@ def report(run: Run) -> dict[str, Any]:
         ("scores", lambda: _scores(run, entries)),
         ("speed", lambda: _speed(run)),
         ("stability", lambda: _stability(run)),
+        *([("experts", lambda: _experts(run))] if _has_experts(run) else []),
         ("configuration", lambda: _configuration(run)),
         ("events", lambda: _events(run)),
         ("environment", lambda: Section("environment", "Environment", tables=(tables.environment(run),))),
@@ -252,6 +253,25 @@ def _stability(run: Run) -> Section:
         drawn.append(figures.norms_by_role("updates", "Size of the updates by role", label, caption, updates))
     intro = "" if drawn else f"Stability: {q.NOT_MEASURED}."
     return Section("stability", "Stability", intro, tuple(drawn), (tables.stability(run),))
+
+
+def _has_experts(run: Run) -> bool:
+    return bool(run.series("expert_load/cv")[0]) or RunFolder(run.folder).expert_load.is_file()
+
+
+def _experts(run: Run) -> Section:
+    names = {"mean": "cv", "worst": "cv_worst", "chance": "noise_floor"}
+    curves = {name: run.series(f"expert_load/{column}") for name, column in names.items()}
+    curves = {name: series for name, series in curves.items() if series[0]}
+    limit = q.finite(run.asked("callbacks.expert_load.cv_limit"))
+    drawn = [experts.unevenness("expert-cv", curves, limit)] if curves else []
+    shown: tuple[Table, ...] = ()
+    history = experts.read_history(RunFolder(run.folder).expert_load)
+    if history is not None:
+        drawn.insert(0, experts.heat_map("expert-heat", history))
+        shown = (experts.load_table(history),)
+    intro = "A token counts once for each expert that it is sent to; padding is left out."
+    return Section("experts", "Expert load", intro, tuple(drawn), shown)
 
 
 def _configuration(run: Run) -> Section:

@@ -94,12 +94,14 @@ def _product(plan: dict[str, Any]) -> str | None:
 
 def _model(run: Run) -> list[tuple[str, str, Any]]:
     model = run.part("config", "model")
-    shown = ("name", "path", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size")
+    shown = ("name", "path", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size")
+    shown += ("dense_layers", "num_experts", "experts_per_token", "expert_size", "shared_experts")
     shown += ("context_length", "tie_embeddings", "qk_norm", "z_loss", "init", "activation_checkpointing")
     rows = [("model", name, model.get(name)) for name in shown if name in model]
     return [
         *rows,
         ("model", "parameters", run.plan.get("params_total")),
+        ("model", "parameters that one token uses", run.plan.get("params_active")),
         ("model", "parameters without embedding", run.plan.get("params_non_embedding")),
         ("model", "FLOPs per token", q.short(run.plan["flops_per_token"]) if "flops_per_token" in run.plan else None),
     ]

@@ -149,7 +149,7 @@ def _renamed(table: Table, suffix: str) -> Table:
 
 
 def _standing(comparison: Comparison, group: Group, colours: Colours) -> Part:
-    return (), "", (sweep_tables.standing(group, comparison.folder, colours),)
+    return (), "", (sweep_tables.standing(group, comparison.folder, colours), sweep_tables.values_from(group, colours))
 
 
 def _jobs(comparison: Comparison, jobs: Sequence[Job], colours: Colours, *more: Table) -> Part:

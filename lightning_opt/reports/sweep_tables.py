@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_opt.reports import origins, targets
 from lightning_opt.reports import quantities as q
-from lightning_opt.reports import targets
 from lightning_opt.reports.job_states import counted, ending, in_order, remark
 from lightning_opt.reports.jobs import Job, link, shown
 from lightning_opt.reports.ranking import Cell, Group, Standing, baseline, gap
@@ -70,6 +71,18 @@ def standing(group: Group, page: Path, colours: Colours) -> Table:
     best = frozenset({0}) if first is not None else frozenset()
     numeric = frozenset({2, 3, 4, 6, 7, 8})
     return Table("standing", "", header, tuple(body), numeric, swatches, note, False, links, best)
+
+
+def values_from(group: Group, colours: Colours) -> Table:
+    """What each optimizer started from, before anything was asked of it: tuned values, of which source, or none."""
+    body = []
+    for one in group.standings:
+        found = Counter(origins.row(job.run) for job in one.jobs)
+        body += [(one.optimizer, *words, q.integer(count)) for words, count in found.items()]
+    header = ("optimizer", "values", "source", "tuned", "jobs")
+    swatches = tuple(colours[row[0]][0] for row in body)
+    note = "What the command itself gave is not among the tuned ones: it counts before both."
+    return Table("origins", "Whose values they ran", header, tuple(body), frozenset({4}), swatches, note)
 
 
 def _behind(value: float) -> str:

@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 from itertools import pairwise
 
+from lightning_opt.reports import origins, targets
 from lightning_opt.reports import quantities as q
-from lightning_opt.reports import targets
 from lightning_opt.reports.findings import Card
 from lightning_opt.reports.job_states import OVER, counted, unfinished
 from lightning_opt.reports.jobs import Comparison, Job, shown
@@ -263,7 +263,7 @@ def notes(comparison: Comparison, found: Sequence[Group]) -> tuple[str, ...]:
     """What the comparison shows, and what it does not."""
     said = []
     for group in found:
-        told = (*_mixed(group), *_budget(group), *_edges(group), *_told_by_scores(group))
+        told = (*_mixed(group), *origins.note(group), *_budget(group), *_edges(group), *_told_by_scores(group))
         said += [titled(group, words) for words in told]
     if any(group.noise for group in found):
         said.append(

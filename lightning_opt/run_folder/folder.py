@@ -57,6 +57,7 @@ class RunFolder:
     status = property(lambda self: self.path / "status.json", doc="State, step, reason, owner.")
     metrics = property(lambda self: self.path / "metrics.csv", doc="One row per logged step.")
     events = property(lambda self: self.path / "events.jsonl", doc="What happened once.")
+    expert_load = property(lambda self: self.path / "expert_load.npz", doc="Tokens per expert over the run.")
     checkpoints = property(lambda self: self.path / "checkpoints", doc="Folder of checkpoints.")
     model = property(lambda self: self.path / "model", doc="The trained model in Hugging Face format.")
     evaluation = property(lambda self: self.path / "evaluation", doc="Folder of downstream scores.")

@@ -12,8 +12,8 @@ from lightning_opt.plan import ConfigError, place
 class BFloat16Parameters(HalfPrecision):
     """``bf16-true`` that casts parameters only.
 
-    Lightning's own plugin also casts buffers: rotary frequencies rounded to bf16 are off by radians at long
-    positions, and a router's correction bias stops moving.
+    Lightning's own plugin also casts buffers (but for those of `anatomy.keep_float32`): rotary frequencies rounded to
+    bf16 are off by radians at long positions. And the sums of metrics, which then have three digits.
     """
 
     def __init__(self) -> None:

@@ -303,7 +303,7 @@ def _strategy(plan: RunPlan, name: str) -> str | Strategy:
         from lightning_opt.training.sharding import WholeStateStrategy
 
         return WholeStateStrategy(data_parallel_size=plan.devices, tensor_parallel_size=1)
-    return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)  # our buffers never change
+    return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)  # ours change alike on all ranks
 
 
 def _plugins(plan: RunPlan, precision: str, verified: Path | None) -> list[Any]:

@@ -301,6 +301,23 @@ def test_sophia_is_fed_every_interval(accumulate, estimator):
     assert float(last[0].abs().sum()) > 0
 
 
+def test_a_phase_of_sophia_is_fed_before_it_begins():
+    phases = {"first": {"rule": "lion", "until": 12}, "then": {"rule": "sophia", "interval": 4}}
+    model = Language(optim.Phased, phases=phases, lr=1e-3, warm=8)
+    held = []
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            state = trainer.optimizers[0].state[next(model.parameters())]
+            held.append(state["hessian"].clone() if "hessian" in state else None)
+
+    fit(model, OptimizerSignals(), Look(), steps=18)
+    assert [h is not None for h in held] == [k >= 4 for k in range(18)]
+    changed = [k for k in range(5, 18) if not torch.equal(held[k], held[k - 1])]
+    assert changed == [8, 12, 16]
+    assert float(held[4].abs().sum()) > 0
+
+
 def test_needs_are_refused_at_the_start():
     with pytest.raises(ConfigError, match=r"must have curvature_loss\(batch, generator\)"):
         fit(Bare(optim.Sophia, lr=1e-3), OptimizerSignals())

@@ -210,5 +210,5 @@ def _on_two(rank: int, store: str) -> None:
     dist.destroy_process_group()
 
 
-def test_sums_of_shards_are_those_of_the_whole_tensor(tmp_path):
-    torch.multiprocessing.spawn(_on_two, (f"{tmp_path}/store",), nprocs=2)
+def test_sums_of_shards_are_those_of_the_whole_tensor(on_two_ranks, tmp_path):
+    on_two_ranks(_on_two, f"{tmp_path}/store")

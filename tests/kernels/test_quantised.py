@@ -196,8 +196,8 @@ def _on_two(rank: int, store: str) -> None:
     dist.destroy_process_group()
 
 
-def test_codes_of_sharded_weights_are_those_of_whole_ones(tmp_path):
-    torch.multiprocessing.spawn(_on_two, (f"{tmp_path}/store",), nprocs=2)
+def test_codes_of_sharded_weights_are_those_of_whole_ones(on_two_ranks, tmp_path):
+    on_two_ranks(_on_two, f"{tmp_path}/store")
 
 
 @needs_compiler

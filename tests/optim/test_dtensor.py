@@ -103,8 +103,8 @@ FEW = ["adamw", "lion", "mars", "adam_mini", "muon"]
 
 
 @pytest.mark.parametrize("names", [FEW, pytest.param(EVERY, marks=pytest.mark.slow)], ids=["few", "every"])
-def test_two_ranks_with_an_empty_part(tmp_path, names):
-    torch.multiprocessing.spawn(_on_two, (f"{tmp_path}/store", names), nprocs=2)
+def test_two_ranks_with_an_empty_part(on_two_ranks, tmp_path, names):
+    on_two_ranks(_on_two, f"{tmp_path}/store", names)
 
 
 def _mixed(rank: int, store: str) -> None:
@@ -134,9 +134,8 @@ def _mixed(rank: int, store: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
-def test_weights_split_and_repeated_side_by_side_on_two_ranks(tmp_path):
-    torch.multiprocessing.spawn(_mixed, (f"{tmp_path}/store",), nprocs=2)
+def test_weights_split_and_repeated_side_by_side_on_two_ranks(on_two_ranks, tmp_path):
+    on_two_ranks(_mixed, f"{tmp_path}/store")
 
 
 def test_where_shards_begin_is_worked_out_once(one_process, monkeypatch):

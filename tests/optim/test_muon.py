@@ -162,9 +162,8 @@ def _on_two(rank: int, store: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
-def test_two_ranks_move_as_one(tmp_path):
-    torch.multiprocessing.spawn(_on_two, (f"{tmp_path}/store",), nprocs=2)
+def test_two_ranks_move_as_one(on_two_ranks, tmp_path):
+    on_two_ranks(_on_two, f"{tmp_path}/store")
 
 
 def test_build_hands_pieces_and_heads_on():

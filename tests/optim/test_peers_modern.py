@@ -325,9 +325,8 @@ def _on_two(rank, store):
     dist.destroy_process_group()
 
 
-@pytest.mark.slow  # two processes that load torch anew
-def test_two_ranks_move_as_one(tmp_path):
-    torch.multiprocessing.spawn(_on_two, (f"{tmp_path}/store",), nprocs=2)
+def test_two_ranks_move_as_one(on_two_ranks, tmp_path):
+    on_two_ranks(_on_two, f"{tmp_path}/store")
 
 
 def test_schedule_free_warms_up_over_a_fraction_of_the_run():
@@ -344,3 +343,16 @@ def test_schedule_free_warms_up_over_a_fraction_of_the_run():
     fraction, made = trained("schedule_free_adamw", run_length=recorder.STEPS, warmup_steps=8 / recorder.STEPS)
     close(fraction, [w.detach().numpy() for w in whole], tolerance=0)
     assert made.param_groups[0]["warmup_steps"] == 8 / recorder.STEPS
+
+
+def test_ademamix_warms_up_over_a_fraction_of_the_run():
+    p = nn.Parameter(torch.ones(3))
+    optimizer = optim.AdEMAMix([p], alpha_warmup=0.25, beta3_warmup=3)
+    assert optimizer.needs == {"run_length"}
+    assert not optim.AdEMAMix([p], alpha_warmup=8, beta3_warmup=3).needs
+    assert not optim.AdEMAMix([p]).needs
+    own, length = {**OURS["ademamix"]}, recorder.STEPS
+    fractions = {"alpha_warmup": 10 / length, "beta3_warmup": 20 / length}
+    whole, _ = trained("ademamix", **own)
+    fraction, _ = trained("ademamix", run_length=length, **{**own, **fractions})
+    assert all(torch.equal(a, b) for a, b in zip(whole, fraction, strict=True))

@@ -259,6 +259,6 @@ def _on_two(rank: int, store: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks_equal_one(tmp_path):
+def test_two_ranks_equal_one(on_two_ranks, tmp_path):
     """Over more than a preconditioner period."""
-    torch.multiprocessing.spawn(_on_two, (f"{tmp_path}/store",), nprocs=2)
+    on_two_ranks(_on_two, f"{tmp_path}/store")

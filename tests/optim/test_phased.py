@@ -257,6 +257,63 @@ def test_fractions_wait_for_the_length_of_the_run():
     assert str(switches[0]) == "a -> b (adamw) after step 10: a ends there"
 
 
+@pytest.mark.parametrize(
+    ("warm", "until", "first"), [(0.02, 20, 11), (2, 20, 19), (0.3, 20, 9), (0.02, 6, 2), (0, 20, None)]
+)
+def test_a_fraction_warms_ten_steps_at_least(warm, until, first):
+    model = problem()
+    p = next(model.parameters())
+    optimizer = Phased(model.parameters(), {"a": {"rule": "lion", "until": until}, "b": {"rule": "adamw"}}, warm=warm)
+    if "run_length" in optimizer.needs:
+        optimizer.observe(run_length=40)
+    filled = [k for k in range(1, until) if take(model, optimizer, k - 1, k) and "exp_avg_sq" in optimizer.state[p]]
+    assert filled == ([] if first is None else list(range(first, until)))
+
+
+def fed(p, estimates, warm, cut=None):
+    """Lion, then Sophia from step 20 on; `estimates` by step; reloaded after step `cut`."""
+    phases = {"a": {"rule": "lion", "until": 20}, "b": {"rule": "sophia", "betas": [0.9, 0.8], "gamma": 0.5}}
+    optimizer = Phased([p], phases, lr=LR, warm=warm)
+    optimizer.observe(hessian_diagonal={})
+    for k in range(26):
+        if k == cut:
+            state = copy.deepcopy(optimizer.state_dict())
+            optimizer = Phased([p], phases, lr=LR, warm=warm)
+            optimizer.load_state_dict(state)
+        p.grad = torch.randn(4, 3, generator=torch.Generator().manual_seed(k), dtype=p.dtype)
+        optimizer.observe(hessian_diagonal={p: estimates[k]} if k in estimates else {})
+        optimizer.step()
+        if k == 19:
+            before = p.detach().clone(), optimizer.state[p]["exp_avg"].clone()
+            curved = optimizer.state[p]["hessian"].clone()
+        if k == 20:
+            step = before[0] - p.detach(), before[1].lerp(p.grad, 0.1)
+    return curved, step, optimizer
+
+
+def test_sophia_begins_with_the_mean_of_the_estimates_before_the_seam(caplog):
+    estimates = {k: torch.full((4, 3), 2.0 + k, dtype=torch.float64) for k in (0, 5, 10, 15, 25)}
+    p = nn.Parameter(torch.ones(4, 3, dtype=torch.float64))
+    curved, (step, momentum), optimizer = fed(p, estimates, warm=12)
+    torch.testing.assert_close(curved, (estimates[10] + estimates[15]) / 2)  # those of the last 12 steps
+    torch.testing.assert_close(step, LR * (momentum / (0.5 * curved)).clamp(-1, 1))
+    assert (momentum / (0.5 * curved)).abs().max() < 1, "not one sign among the first steps"
+    torch.testing.assert_close(optimizer.state[p]["hessian"], curved.lerp(estimates[25], 0.2))
+    assert "starts from zero" not in caplog.text
+    again = nn.Parameter(torch.ones(4, 3, dtype=torch.float64))
+    fed(again, estimates, warm=12, cut=13)
+    assert torch.equal(p, again)
+
+
+@pytest.mark.parametrize(("warm", "steps"), [(0, (0, 10)), (4, (0, 10))])
+def test_sophia_without_an_estimate_before_the_seam_is_told(caplog, warm, steps):
+    estimates = {k: torch.ones(4, 3) for k in steps}
+    curved, _, _ = fed(nn.Parameter(torch.ones(4, 3)), estimates, warm)
+    assert not curved.any()
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert line.startswith("phase b begins before any hessian_diagonal came: sophia starts from zero")
+
+
 def test_a_copy_goes_on_alike():
     model = problem()
     optimizer = phased(model)

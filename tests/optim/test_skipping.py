@@ -207,3 +207,9 @@ def test_what_is_not_masked_is_not_copied():
     assert rule.scratch(tensor, None) is tensor
     assert rule.kept(tensor, tensor, None) is tensor
     assert rule.scratch(tensor, torch.tensor(False)) is not tensor
+
+
+@pytest.mark.parametrize(("name", "way"), [("muon", "whole"), ("soap", "whole"), ("adamw", "foreach")])
+def test_masters_move_under_a_mask_that_lets_the_step_through(name, way):
+    how = {"dtype": torch.bfloat16, "weight_rounding": "master"}
+    same(train(name, way, masked, **how), train(name, way, lambda _: None, [0, 1, 3, 4], **how))

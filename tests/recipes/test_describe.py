@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -87,10 +88,22 @@ def test_products_in_place_count_as_the_others():
         assert counter.operations == right, name
 
 
-def test_a_heading_inside_a_block_and_symbols_at_its_start():
-    assert "## Traps\n\nas Muon's" in describe.page("normuon")
-    assert "## Tuning\n\ns never forgets" in describe.page("adagrad")
+def test_a_heading_inside_a_block():
+    assert "## Traps\n\nAs Muon's" in describe.page("normuon")
     assert "## Tuning\n\nLook at" in describe.page("dynamic")
+
+
+@pytest.mark.parametrize("name", describe.names())
+def test_every_section_opens_with_a_capital(name):
+    openings = re.findall(r"^#+ .*\n\n(.*)|^# (.*)", describe.page(name), flags=re.MULTILINE)
+    assert openings
+    assert not [line for found in openings for line in found if line[:1].islower()]
+
+
+def test_the_list_says_what_each_does():
+    cells = re.findall(r"^\| \[\w+\]\(\w+\.md\) \| (.*?) \|", describe.index(), flags=re.MULTILINE)
+    assert len(cells) == len(describe.names())
+    assert not [cell for cell in cells if cell[:1].islower()]
 
 
 def test_an_optimizer_made_of_rules_names_them():
