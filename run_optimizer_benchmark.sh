@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The article's AdamW against Lion on GLM-4.5-Air, where its readers look for it:
-#   ./run_optimizer_benchmark.sh --model_size nano --epochs 10      # 2 cores, under an hour
+#   ./run_optimizer_benchmark.sh --model_size nano --epochs 10      # a small one, for 2 cores
 # Sizes: nano | mini | air | 120b (the article's word for air). --help says the rest; PYTHON=... picks the interpreter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -172,9 +172,14 @@ class ExpertTraffic:
         return self._shaped(self._sum)
 
     def by_parameter(self) -> dict[nn.Parameter, Tensor]:
-        """`total` by expert weight: int64 (E,) for a stack, (1,) for a weight of one expert alone."""
+        """`total` by expert weight: int64 (E,) for a stack, (1,) for a weight of one expert alone.
+
+        Of a layer where nothing was counted (in evaluation mode, or its choices cannot be seen) all experts have
+        2^31 - 1 tokens: who knows nothing must not let them rest.
+        """
         found = {}
         for layer, counts in zip(self.layers, self.total(), strict=True):
+            counts = torch.where(counts.sum() > 0, counts, 2**31 - 1)
             each = max(1, len(layer.experts) // layer.count)
             for place, parameter in enumerate(layer.experts):
                 found[parameter] = counts if is_stack(layer) else counts[place // each, None]
@@ -225,10 +230,10 @@ def choice_of(answer: Any, layer: ExpertLayer) -> Tensor | None:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors of nested lists, tuples and dicts, in their order."""
+    """All tensors of nested lists, tuples and mappings, in their order."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, dict):
+    elif isinstance(value, Mapping):
         yield from tensors_in(tuple(value.values()))
     elif isinstance(value, list | tuple):
         for item in value:

@@ -29,7 +29,10 @@ def keep_float32(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if any(b is not None and b.dtype == torch.float32 for b in module._buffers.values()):
             module.__dict__["_apply"] = partial(_apply_but_keep, module)
+    blocks = dict(model.named_modules())
     for layer in find_expert_layers(model):
+        if layer.router is blocks[layer.name]:
+            continue  # its experts are to compute in autocast's type
         if layer.router is not None and type(layer.router).__module__ != __name__:
             layer.router.__class__ = _without_autocast(type(layer.router))
     return model

@@ -278,6 +278,7 @@ def _gradient_norm(layer: ExpertLayer) -> Tensor:
         return torch.stack(norms).square().sum(0).sqrt()
     nothing = torch.zeros((), device=device)
     norms = [nothing if g is None else torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
+    norms = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
     return torch.stack(norms).view(layer.count, -1).square().sum(1).sqrt()
 
 

@@ -142,6 +142,17 @@ def test_by_parameter_gives_each_weight_its_own_counts() -> None:
         assert found[expert[2 * number]] == found[expert[2 * number + 1]] == traffic.counts[1, number]
 
 
+@pytest.mark.parametrize("family", ["Mixtral", "Listed"])
+def test_where_nothing_was_counted_nobody_is_idle(family: str) -> None:
+    model = model_of(family)
+    traffic = ExpertTraffic(model.eval())
+    next_token_loss(model, batch_of(1))
+    assert not traffic.counts.any()
+    found = traffic.by_parameter()
+    assert found
+    assert all(bool((counts > 2**30).all()) for counts in found.values())
+
+
 def test_layers_of_different_size_are_a_list() -> None:
     model = nn.Sequential(ListedLayer(), ListedLayer())
     model[1].num_experts, model[1].experts, model[1].gate = 4, model[1].experts[:4], nn.Linear(16, 4, bias=False)
