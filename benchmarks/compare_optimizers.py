@@ -43,6 +43,7 @@ TUNING_SEED = 1234  # train.yaml's
 FRESH_SEEDS = (1, 2, 3)
 REFERENCE = "momentum"
 TOKENS_PER_STEP = 8 * 256  # of the small models
+ENDS = ("FINISHED", "DIVERGED", "FAILED")  # states of a job that has had its chance
 MOVES = 2  # how often the grid of rates may move outward
 FURTHER = (2.0, 4.0)  # beyond the edge
 EMBEDDING = 3.0  # its multiple of the other weights' rate, the same for all (results/2026-11-22-tuned-small-models.md)
@@ -104,7 +105,7 @@ def jobs_of(study: Study) -> dict[str, dict[float, dict[int, Job]]]:
 def losses(by_rate: Mapping[float, Mapping[int, Job]]) -> dict[float, float]:
     """Final loss of each rate on the tuning seed, rates ascending; infinite where the run did not come to its end."""
     tried = {rate: runs[TUNING_SEED] for rate, runs in sorted(by_rate.items()) if TUNING_SEED in runs}
-    return {rate: math.inf if job.loss is None else job.loss for rate, job in tried.items()}
+    return {rate: math.inf if job.loss is None else job.loss for rate, job in tried.items() if job.state in ENDS}
 
 
 def best_rate(found: Mapping[float, float]) -> float | None:
@@ -191,9 +192,9 @@ def row(
         "like momentum or worse": "",
         "tokens/s": _middle(cell, "tokens_per_s_per_device"),
         "state bytes": _middle(cell, "optimizer_state_bytes"),
-        "runs": len(every),
+        "runs": sum(state in ENDS for state in states),
         "diverged": states.count("DIVERGED"),
-        "failed": sum(state not in ("DIVERGED", "FINISHED") for state in states),
+        "failed": states.count("FAILED"),
     }
     if cell.n and name != ranked[0]:
         to_best = gap(cells[ranked[0]], cell, noise)

@@ -102,6 +102,19 @@ def test_what_never_came_to_its_end_is_tried_slower_and_ranked_last(ledger: Any,
     assert words.startswith("Lowest: momentum")
 
 
+def test_a_job_that_never_had_its_chance_is_no_failure(ledger: Any, tmp_path: Path) -> None:
+    asked = study(tmp_path, "lion", "momentum")
+    compare.run_all(asked)
+    before = compare.losses(compare.jobs_of(asked)["lion"])
+    waiting = next(job for job in ledger if job.optimizer == "lion")
+    waiting.state = "NOT STARTED"
+    after = compare.losses(compare.jobs_of(asked)["lion"])
+    assert len(after) == len(before) - 1
+    assert not any(map(compare.math.isinf, after.values()))
+    row = next(row for row in compare.standing(asked)[0] if row["optimizer"] == "lion")
+    assert (row["failed"], row["runs"]) == (0, sum(job.optimizer == "lion" for job in ledger) - 1)
+
+
 def test_a_sweep_that_was_stopped_or_refused_stops_the_study(monkeypatch: Any, tmp_path: Path) -> None:
     asked = []
     monkeypatch.setattr(compare, "run", lambda words: asked.append(words) or 130)
