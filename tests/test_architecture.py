@@ -25,6 +25,7 @@ def test_imports_run_one_way(repository: Path) -> None:
         ("lightning_opt.run_folder", ("torch", "hydra")),
         ("lightning_opt.launch", ("torch", "lightning", "transformers")),
         ("lightning_opt.reports", ("torch", "lightning")),
+        ("lightning_opt.study", ("torch", "lightning", "hydra", "matplotlib")),
         ("lightning_opt.optim", ("lightning", "transformers", "hydra")),
         ("lightning_opt.callbacks", ("hydra", "lightning_opt.optim", "lightning_opt.training", "lightning_opt.models")),
         ("lightning_opt.job", ("torch", "lightning", "hydra")),
@@ -38,7 +39,8 @@ def test_a_room_imports_only_what_it_needs(module: str, absent: tuple[str, ...],
     code = f"""
 import sys, importlib
 room = importlib.import_module({module!r})
-if {module!r} in ("lightning_opt.plan", "lightning_opt.run_folder", "lightning_opt.optim", "lightning_opt.callbacks"):
+light = ("plan", "run_folder", "study", "optim", "callbacks")
+if {module!r} in [f"lightning_opt.{{name}}" for name in light]:
     [getattr(room, name) for name in room.__all__]
 print([name for name in {absent!r} if name in sys.modules])
 """

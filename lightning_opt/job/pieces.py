@@ -88,6 +88,7 @@ def batches(config: dict[str, Any], plan: RunPlan, token_data: Any, not_before: 
         micro_batch_size=plan.micro_batch_size,
         micro_batches=plan.max_steps * plan.accumulate,
         val_sequences=config["trainer"]["val_sequences"],
+        val_part=config["trainer"].get("val_part", "all"),
         num_workers=config["data"]["num_workers"],
         overfit_batches=config["trainer"]["overfit_batches"],
         not_before=not_before,

@@ -7,8 +7,9 @@ __getattr__, __dir__, __all__ = attach(
     {
         "entry": ["main"],
         "compose": ["Composer"],
-        "preflight": ["Command", "Job", "check_command", "compose_checked"],
+        "preflight": ["Checker", "Command", "Job", "check_command", "check_lists", "compose_checked"],
         "resolve": ["plain_config", "redact", "saved_text"],
+        "explicit": ["run_jobs"],
         "sweep": ["run_sweep"],
         "task": ["instantiate", "run_job"],
     },

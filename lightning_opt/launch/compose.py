@@ -55,9 +55,10 @@ class Composer:
         ConfigStore.instance().__deepcopy__ = _shared
         register_tuned(self.options_in("scale"), self.options_in("schedule"))
         self._hydra = Hydra.create_main_hydra2("train", path)
-        schemas = ConfigStore.instance().repo["hydra"]["launcher"]
-        for name in self.options_in("hydra/launcher"):  # Hydra would take a plugin's file of that name for a schema
-            schemas.pop(f"{name}.yaml", None)
+        for kind in ("launcher", "sweeper"):  # Hydra would take a plugin's file of that name for a schema
+            schemas = ConfigStore.instance().repo["hydra"].get(kind, {})
+            for name in self.options_in(f"hydra/{kind}"):
+                schemas.pop(f"{name}.yaml", None)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -46,7 +46,7 @@ def _main(argv: Sequence[str], conf: Path) -> int:
     try:
         args = _arguments(argv)
         if args.help or args.hydra_help or args.shell_completion or args.info or args.experimental_rerun:
-            return _hand_to_hydra(list(argv), conf, _nothing)
+            return hand_to_hydra(list(argv), _nothing, conf)
         from lightning_opt.launch.preflight import check_command  # not for --help, which should be quick
 
         with Composer(
@@ -56,11 +56,11 @@ def _main(argv: Sequence[str], conf: Path) -> int:
     except ConfigError as error:
         return refuse(error)
     if args.cfg:
-        return _hand_to_hydra([*_flags(args), *command.overrides], conf, _nothing)
+        return hand_to_hydra([*_flags(args), *command.overrides], _nothing, conf)
     from lightning_opt.launch import task
 
     def hand_over(overrides: list[str]) -> int:
-        return _hand_to_hydra([*_flags(args), *overrides], conf, task.run_job)
+        return hand_to_hydra([*_flags(args), *overrides], task.run_job, conf)
 
     if command.swept is None:
         task.begin(command.folder)
@@ -68,7 +68,7 @@ def _main(argv: Sequence[str], conf: Path) -> int:
     from lightning_opt.launch.sweep import run_sweep
 
     try:
-        return run_sweep(command, argv, hand_over)
+        return run_sweep(command, ["train.py", *argv], hand_over)
     except ConfigError as error:
         return refuse(error)
 
@@ -104,7 +104,8 @@ def _nothing(cfg: DictConfig) -> None:
     """What Hydra would run after showing help; it never does."""
 
 
-def _hand_to_hydra(argv: list[str], conf: Path, function: TaskFunction) -> int:
+def hand_to_hydra(argv: list[str], function: TaskFunction, conf: Path = CONF) -> int:
+    """Calls `hydra.main` with these arguments; answers an exit code."""
     with _as_command_line(argv):
         try:
             hydra.main(config_path=str(conf), config_name=CONFIG_NAME, version_base="1.3")(function)()

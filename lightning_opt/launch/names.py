@@ -23,6 +23,7 @@ OPEN = (
     ("data", "weights"),
     ("data", "phases"),
     ("data", "corpora"),
+    *((name,) for name in ("budget", "reduced_budget", "search", "scales", "start", "space")),  # conf/study.yaml
 )
 _NULLABLE = ("experiment", "debug")
 # What a file calls itself: changed alone, it would label a run as something that it is not.
@@ -105,7 +106,8 @@ def _value(override: Override) -> Any:
 
 
 def _is_open(parts: tuple[str, ...], tree: Any) -> bool:
-    if any(parts[: len(prefix)] == prefix and len(parts) > len(prefix) for prefix in OPEN):
+    here = (prefix for prefix in OPEN if prefix[0] in tree)  # those of conf/study.yaml are no fields of train.yaml
+    if any(parts[: len(prefix)] == prefix and len(parts) > len(prefix) for prefix in here):
         return True
     target = str((tree.get("model") or {}).get("_target_", ""))
     return parts[0] == "model" and len(parts) > 1 and not target.startswith("lightning_opt.")

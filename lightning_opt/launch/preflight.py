@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
@@ -23,7 +24,11 @@ from lightning_opt.launch.tuning import chosen_record
 from lightning_opt.plan import ConfigError
 from lightning_opt.run_folder import config_hash, starts_elsewhere
 
+if TYPE_CHECKING:
+    from lightning_opt.launch.searching import Search
+
 _OF_THE_COMMAND = ("hydra.", "hydra/", "on_failure", "jobs_per_device")
+_SEARCHES = {"CoordinateDescentSweeper": "descending", "OptunaSweeper": "sampling"}  # sweeper to its module here
 
 
 @dataclass(frozen=True)
@@ -45,19 +50,21 @@ class Command:
 
     Attributes:
         overrides: what to hand to Hydra; new keys of open maps carry the `++` that Hydra wants.
-        jobs: in order; one where it is no sweep.
+        jobs: in order; one where it is no sweep; of a search those that were checked before it starts.
         swept: the keys that take several values; None where it is no sweep, or another sweeper than ours decides.
         folder: the run folder the user named by `hydra.run.dir`, or the sweep folder by `hydra.sweep.dir`.
+        search: what finds the jobs as it goes, if anything does.
     """
 
     overrides: list[str]
     jobs: list[Job]
     swept: list[str] | None
     folder: Path | None
+    search: Search | None = None
 
 
 def check_command(composer: Composer, lines: Sequence[str], *, multirun: bool = False, values: bool = True) -> Command:
-    """Checks every job of a command.
+    """Checks every job of a command; of a search, every job that can be known before it starts.
 
     Args:
         composer: an entered `Composer`.
@@ -68,7 +75,7 @@ def check_command(composer: Composer, lines: Sequence[str], *, multirun: bool = 
     Raises:
         ConfigError: the first problem found.
     """
-    checker = _Checker(composer)
+    checker = Checker(composer)
     overrides = composer.parse(lines)
     if not multirun:
         for override in overrides:
@@ -81,32 +88,40 @@ def check_command(composer: Composer, lines: Sequence[str], *, multirun: bool = 
     for override in overrides:
         if override.key_or_group == "hydra.mode":
             raise ConfigError("hydra.mode", override.value(), "is not for you to set: use -m for a sweep")
-    grid = _expand(composer, overrides) if multirun else _Grid([overrides], None)
-    found, seen = [], {}
-    for number, job in enumerate(grid.jobs):
-        cfg = checker.compose(job, multirun)
-        if not values:
-            continue
-        config = check_job(cfg)
-        if multirun and not number:
-            check_launcher(cfg.hydra, config)
-        if multirun and starts_elsewhere(config["resume"]) and Path(config["resume"]).exists():
-            check_start(cfg, config)  # a single run asks later: one that goes on needs it no more
-        _check_scale_counts(job, config)
-        same = seen.setdefault(config_hash(config), number)
-        if same != number:
-            changed = " ".join(o.input_line or "" for o in job)
-            raise ConfigError("sweep", changed, f"job {number} is the same configuration as job {same}: leave one out")
-        found.append((config, job))
-    jobs = [Job(config, [checker.marked(o) for o in job if not _of_the_command(o)]) for config, job in found]
+    todo = _expand(checker, overrides) if multirun else _Todo([overrides])
+    jobs = todo.search.first_jobs() if todo.search else checker.jobs(todo.jobs, sweep=multirun, values=values)
     field = "hydra.sweep.dir" if multirun else "hydra.run.dir"
     _check_folder_keys(overrides, multirun)
     marked = [checker.marked(override) for override in overrides]
     folder = None
-    if any(o.key_or_group == field for o in overrides) and (grid.swept is not None or not multirun):
-        folder = _named(composer, [checker.marked(o) for o in grid.jobs[0]], field)
+    if any(o.key_or_group == field for o in overrides) and (todo.swept is not None or not multirun):
+        folder = _named(composer, [checker.marked(o) for o in todo.jobs[0]], field)
         marked = [line for line in marked if not line.lstrip("+").startswith(f"{field}=")]
-    return Command(marked, jobs, grid.swept, folder)
+    return Command(marked, jobs, todo.swept, folder, todo.search)
+
+
+def check_lists(
+    checker: Checker, lists: Sequence[Sequence[str]], folder: Path, *, shared: Sequence[str] = ()
+) -> Command:
+    """Checks the jobs of an explicit list; a configuration that is there twice is one job.
+
+    Args:
+        checker: of an entered `Composer`; used again, it composes only what is new.
+        lists: each job's own overrides, one value each.
+        folder: the sweep's.
+        shared: overrides of all jobs, and of the sweep itself (`jobs_per_device`, `hydra/launcher`).
+
+    Raises:
+        ConfigError: the first problem found.
+    """
+    common, own = checker.composer.parse(shared), [checker.composer.parse(lines) for lines in lists]
+    for override in [*common, *(override for job in own for override in job)]:
+        if override.is_sweep_override():
+            raise ConfigError(override.key_or_group, override.input_line, "must be one value: the jobs are listed")
+        if override.key_or_group in ("hydra.mode", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.run.dir"):
+            raise ConfigError(override.key_or_group, override.value(), "is chosen by whoever lists the jobs")
+    jobs = checker.jobs([[*common, *job] for job in own], sweep=True, repeats=True)
+    return Command([checker.marked(override) for override in common], jobs, [], folder)
 
 
 def compose_checked(composer: Composer, lines: Sequence[str]) -> DictConfig:
@@ -119,7 +134,7 @@ def compose_checked(composer: Composer, lines: Sequence[str]) -> DictConfig:
     Raises:
         ConfigError: there is no such group, option or field.
     """
-    return _Checker(composer).compose(composer.parse(lines), sweep=False)
+    return Checker(composer).compose(composer.parse(lines), sweep=False)
 
 
 def _of_the_command(override: Override) -> bool:
@@ -188,13 +203,67 @@ def _check_scale_counts(job: Sequence[Override], config: dict[str, Any]) -> None
         raise ConfigError("scale.tokens", config["scale"]["tokens"], why)
 
 
-class _Checker:
-    """Composes and checks jobs; those with the same group choices share one composition."""
+class Checker:
+    """Composes and checks jobs; those with the same group choices share one composition.
+
+    Args:
+        composer: entered once; it may have been left since.
+    """
 
     def __init__(self, composer: Composer) -> None:
         self.composer = composer
         self._bases: dict[tuple[str, ...], tuple[DictConfig, dict[str, Any]]] = {}
         self._new: set[str] = set()
+
+    def jobs(
+        self, lists: Sequence[list[Override]], *, sweep: bool, values: bool = True, repeats: bool = False
+    ) -> list[Job]:
+        """Checks all jobs of a command.
+
+        Args:
+            lists: each job's overrides.
+            sweep: whether they are a sweep's.
+            values: False checks names only, and answers no jobs.
+            repeats: whether a job that is there twice is left out the second time, rather than refused.
+
+        Raises:
+            ConfigError: the first problem found.
+        """
+        found: list[Job] = []
+        seen: dict[str, int] = {}
+        for number, job in enumerate(lists):
+            cfg = self.compose(job, sweep)
+            if not values:
+                continue
+            config = self._config(cfg, job, sweep, first=not number)
+            same = seen.setdefault(config_hash(config), number)
+            if same == number:
+                found.append(Job(config, [self.marked(o) for o in job if not _of_the_command(o)]))
+            elif not repeats:
+                changed = " ".join(o.input_line or "" for o in job)
+                why = f"job {number} is the same configuration as job {same}: leave one out"
+                raise ConfigError("sweep", changed, why)
+        return found
+
+    def job(self, lines: Sequence[str]) -> Job:
+        """Checks one job of a sweep.
+
+        Args:
+            lines: its overrides, one value each.
+
+        Raises:
+            ConfigError: the first problem found.
+        """
+        return self.jobs([self.composer.parse(lines)], sweep=True)[0]
+
+    def _config(self, cfg: DictConfig, job: list[Override], sweep: bool, *, first: bool) -> dict[str, Any]:
+        config = check_job(cfg)
+        if sweep and first:
+            check_launcher(cfg.hydra, config)
+        if sweep and starts_elsewhere(config["resume"]) and Path(config["resume"]).exists():
+            check_start(cfg, config)  # a single run asks later: one that goes on needs it no more
+        _check_scale_counts(job, config)
+        return config
 
     def compose(self, job: list[Override], sweep: bool) -> DictConfig:
         """The configuration of a job whose every name was found right."""
@@ -218,13 +287,15 @@ class _Checker:
         return f"++{line}" if override.key_or_group in self._new and not line.startswith(("+", "~")) else line
 
 
-class _Grid(NamedTuple):
+class _Todo(NamedTuple):
     jobs: list[list[Override]]
-    swept: list[str] | None
+    swept: list[str] | None = None
+    search: Search | None = None
 
 
-def _expand(composer: Composer, overrides: list[Override]) -> _Grid:
-    """The jobs of a sweep; one representative job where a sweeper other than a grid decides later."""
+def _expand(checker: Checker, overrides: list[Override]) -> _Todo:
+    """The jobs of a sweep; a search where one decides later, one representative job where a sweeper not ours does."""
+    composer = checker.composer
     plain = [o for o in overrides if not o.is_sweep_override()]
     hydra = [str(o.input_line) for o in plain if o.key_or_group.startswith(("hydra/", "hydra.", "experiment"))]
     for override in plain:
@@ -238,17 +309,37 @@ def _expand(composer: Composer, overrides: list[Override]) -> _Grid:
     if kind == "BasicSweeper":
         why = "knows no sweep folder and no comparison; grid, the default, makes the same jobs: leave it out"
         raise ConfigError("hydra/sweeper", "basic", why)
+    swept = list(dict.fromkeys(override.key_or_group for override in every if override.is_sweep_override()))
+    if kind in _SEARCHES:
+        from lightning_opt.launch import searching
+
+        module = importlib.import_module(f"lightning_opt.launch.{_SEARCHES[kind]}")
+        decider, seeds = module.decider(checker, every, OmegaConf.to_container(sweeper, resolve=True))
+        first = composer.parse([*decider.first[0].lines, *filter(None, seeds[:1])])
+        return _Todo([first], swept, searching.Search(decider, seeds, checker.job))
     if kind != "GridSweeper":
-        return _Grid([composer.parse([_first_choice(override) for override in every])], None)
-    for override in every:
+        return _Todo([composer.parse([_first_choice(override) for override in every])])
+    check_listed(every, "a grid")
+    batches = BasicSweeper.split_arguments(every, None)
+    return _Todo([composer.parse(job) for batch in batches for job in batch], swept)
+
+
+def check_listed(overrides: Sequence[Override], by: str) -> None:
+    """Checks that every swept field lists its values.
+
+    Args:
+        overrides: of the command.
+        by: who wants them so, in words.
+
+    Raises:
+        ConfigError: one gives an interval.
+    """
+    for override in overrides:
         if override.is_sweep_override() and not override.is_discrete_sweep():
             value = str(override.input_line).partition("=")[2]
             raise ConfigError(
-                override.key_or_group, value, "cannot be listed by a grid: write choice(...) or range(...)"
+                override.key_or_group, value, f"cannot be listed by {by}: write choice(...) or range(...)"
             )
-    batches = BasicSweeper.split_arguments(every, None)
-    swept = list(dict.fromkeys(override.key_or_group for override in every if override.is_sweep_override()))
-    return _Grid([composer.parse(job) for batch in batches for job in batch], swept)
 
 
 def _first_choice(override: Override) -> str:

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import functools
 import os
-import shlex
 import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 from lightning_opt.job.requeue import requeue
 from lightning_opt.job.signals import STOP_SIGNALS, Signals, Terminated, terminable
 from lightning_opt.launch import processes, task
 from lightning_opt.launch.compose import CONF
+from lightning_opt.launch.ledger import Ledger
 from lightning_opt.launch.preflight import Command
 from lightning_opt.launch.refusing import say
-from lightning_opt.launch.resolve import quoted, redact
+from lightning_opt.launch.resolve import quoted
+from lightning_opt.launch.searching import Search
 from lightning_opt.plan import ConfigError
 from lightning_opt.run_folder import (
     FINISHED_STATES,
@@ -36,7 +35,6 @@ from lightning_opt.run_folder import (
     SweepJob,
     claim_sweep,
     config_hash,
-    job_name,
     owner_is_gone,
     read_json,
     read_status,
@@ -64,22 +62,37 @@ PRELOAD_TO_SCORE = ("lightning_opt.evaluation.score", "lm_eval.models.huggingfac
 LOOK_S = 5.0  # between two looks at whether a job has ended
 _CODES = {"FINISHED": ExitCode.FINISHED, "DIVERGED": ExitCode.DIVERGED, "PREEMPTED": ExitCode.PREEMPTED}
 
-# Hydra makes the sweeper itself and hands it nothing of ours, so this passes by here.
+# Hydra makes the sweeper itself and hands it nothing of ours, so these pass by here.
 _left: list[list[str]] = []
+_search: Search | None = None
 
 
 def left_to_run() -> list[list[str]]:
-    """For the sweeper: the overrides of each job that has no result yet."""
+    """For the grid's sweeper: the overrides of each job that has no result yet."""
     return _left
 
 
-def run_sweep(command: Command, words: Sequence[str], hand_over: Callable[[list[str]], int]) -> int:
+def current_search() -> Search:
+    """For the sweepers that decide from results: what decides.
+
+    Raises:
+        RuntimeError: there is none: the sweeper was not started by `run_sweep`.
+    """
+    if _search is None:
+        raise RuntimeError("this sweeper needs train.py -m, which checks the search before Hydra begins")
+    return _search
+
+
+def run_sweep(
+    command: Command, words: Sequence[str], hand_over: Callable[[list[str]], int], *, draw: bool = True
+) -> int:
     """Runs the jobs of a checked command that have no result yet, and compares all of them.
 
     Args:
-        command: what to run.
-        words: the command line as it was given.
+        command: what to run: a list of jobs, or a search that finds them as it goes.
+        words: the command line as it was given, after ``python``.
         hand_over: gives overrides to Hydra, which calls the sweeper and the launcher; answers an exit code.
+        draw: whether the comparison is drawn and what to do next is said; else both are for the caller to do.
 
     Returns:
         The exit code: 130 or 143 where it was stopped, else 1 where a job of this command failed, else 3 where one
@@ -88,29 +101,32 @@ def run_sweep(command: Command, words: Sequence[str], hand_over: Callable[[list[
     Raises:
         ConfigError: the named folder cannot be used.
     """
-    asked = [config_hash(job.config) for job in command.jobs]
-    folder, hash = _claim(command, asked)
-    jobs = _keep_ledger(folder, command, words)
-    open_jobs = {job.config_hash: job for job in jobs if not job.is_done}
-    _left[:] = [
-        [*job.overrides, f"hydra.sweep.subdir={quoted(open_jobs[of].folder.path.name)}"]
-        for job, of in zip(command.jobs, asked, strict=True)
-        if of in open_jobs
-    ]
+    global _search
+    _search = command.search
+    asked = {config_hash(job.config) for job in command.jobs}
+    folder, hash = _claim(command, sorted(asked))
+    ledger = Ledger(folder, words, command.swept or ())
     task.begin(None)
     with terminable() as signals, Status(folder.status, hash) as status:
         try:
-            _say_what_comes(folder, jobs, len(asked))
+            signals.begin()
+            begin = _begin_search if command.search else _begin_list
             code = 0
-            if _left:
-                with processes.environment({"PYTHONPATH": _imports_ours()}), _drawn_as_jobs_end(folder):
+            if begin(command, ledger, draw):
+                watched = _drawn_as_jobs_end(folder) if draw else nullcontext()
+                with processes.environment({"PYTHONPATH": _imports_ours()}), watched:
                     code = hand_over([*command.overrides, f"hydra.sweep.dir={quoted(str(folder.path))}"])
+        except ConfigError as error:
+            status.set("FAILED", str(error))
+            raise
         except KeyboardInterrupt:
             code = ExitCode.INTERRUPTED
         except Terminated:
             code = ExitCode.PREEMPTED
         signals.over = True
-        code = _end(folder, status, task.stopped() or code, asked, signals)
+        if command.search:  # what it ran before counts too
+            asked = {job.config_hash for job in folder.jobs()}
+        code = _end(folder, status, task.stopped() or code, asked, signals, draw=draw)
     if code == ExitCode.PREEMPTED and signals.asked == "SIGUSR1" and (requeued := requeue()):
         _say(str(requeued))
     return code
@@ -133,44 +149,30 @@ def _claim(command: Command, hashes: Sequence[str]) -> tuple[SweepFolder, str]:
         ) from None
 
 
-def _keep_ledger(folder: SweepFolder, command: Command, words: Sequence[str]) -> list[SweepJob]:
-    """Adds the command's jobs to ``sweep.json`` and works out anew in what all of them differ."""
-    known = {job.config_hash: job for job in folder.jobs()}
-    line = shlex.join(["train.py", *redact(words)])
-    asked, names = {}, {}
-    for job in command.jobs:
-        of = config_hash(job.config)
-        asked[of], names[of] = redact([text.removeprefix("++") for text in job.overrides]), job.config["name"]
-    overrides = {of: job.overrides for of, job in known.items()} | asked
-    values = {of: _values(lines) for of, lines in overrides.items()}
-    keys = list(dict.fromkeys([*(command.swept or ()), *(key for row in values.values() for key in row)]))
-    swept = [
-        key for key in keys if key in (command.swept or ()) or len({repr(v.get(key)) for v in values.values()}) > 1
-    ]
-    jobs = []
-    for of, lines in overrides.items():
-        differs = {key: values[of][key] for key in swept if key in values[of]}
-        place = known[of].folder if of in known else RunFolder(folder.path / job_name(differs, of, names[of]))
-        jobs.append(SweepJob(place, of, lines, differs, line if of in asked else known[of].command))
-    folder.write(line, swept, jobs)
-    return jobs
-
-
-def _values(overrides: Sequence[str]) -> dict[str, Any]:
-    parser = OverridesParser.create()
-    parsed = [parser.parse_override(line) for line in overrides]
-    return {f"{'~' if one.is_delete() else ''}{one.key_or_group}": one.value() for one in parsed}
-
-
-def _say_what_comes(folder: SweepFolder, jobs: Sequence[SweepJob], asked: int) -> None:
+def _begin_list(command: Command, ledger: Ledger, draw: bool) -> bool:
+    """Enters the jobs, says what comes, and answers whether any has to run."""
+    folder, jobs = ledger.folder, ledger.add(command.jobs)
+    asked = {config_hash(job.config) for job in command.jobs}
+    _left[:] = ledger.left(command.jobs)
     _say(f"sweep {folder.path}: {len(jobs)} job{'s' * (len(jobs) > 1)}, {len(_left)} to run")
     for number, job in enumerate(jobs, 1):
-        if job.is_done:
+        if job.is_done and job.config_hash in asked:
             _say(f"[{number}/{len(jobs)}] {job.label()}: {_result(job.folder)} already")
-    if _left:
+    if draw and _left:
         _say(f"comparison, drawn again as each job ends: {folder.report_html}")
-    else:
-        _say(f"all {asked} jobs are done; resume=never runs them anew")
+    elif draw:
+        _say(f"all {len(asked)} jobs are done; resume=never runs them anew")
+    return bool(_left)
+
+
+def _begin_search(command: Command, ledger: Ledger, draw: bool) -> bool:
+    """Hands the search its folder, and says what it is."""
+    search = current_search()
+    _say(f"sweep {ledger.folder.path}: {search.words}")
+    if draw:
+        _say(f"comparison, drawn again as each job ends: {ledger.folder.report_html}")
+    search.open(ledger, _say)
+    return True
 
 
 def launch(
@@ -275,7 +277,9 @@ def _result(folder: RunFolder) -> str:
     return str(status.get("state")) if loss is None else f"{status['state']}: loss {loss:.4f}"
 
 
-def _end(folder: SweepFolder, status: Status, code: int, asked: Sequence[str], signals: Signals) -> int:
+def _end(
+    folder: SweepFolder, status: Status, code: int, asked: Collection[str], signals: Signals, *, draw: bool
+) -> int:
     """Settles what is left open, sets the sweep's state, and compares the jobs.
 
     Args:
@@ -284,6 +288,7 @@ def _end(folder: SweepFolder, status: Status, code: int, asked: Sequence[str], s
         code: what the jobs' launch answered.
         asked: each `config_hash` of this command: those of earlier ones are no matter of its exit code.
         signals: what they asked for.
+        draw: whether the jobs are compared, and what to do next is said.
     """
     jobs = folder.jobs()
     for job in jobs:
@@ -303,11 +308,12 @@ def _end(folder: SweepFolder, status: Status, code: int, asked: Sequence[str], s
             status.set("FAILED", f"{len(left)} of {len(jobs)} jobs without a result")
         else:
             status.set("FINISHED")
-    _compare(folder, signals)
-    for command, mine in to_go_on(left).items():
-        _say(f"{len(mine)} of {len(jobs)} jobs have no result; the same command again runs only those: {command}")
-        for job in mine:
-            _say(f"  {job.label()}: {_result(job.folder) if job.state else 'not started'}")
+    if draw:
+        _compare(folder, signals)
+        for command, mine in to_go_on(left).items():
+            _say(f"{len(mine)} of {len(jobs)} jobs have no result; the same command again runs only those: {command}")
+            for job in mine:
+                _say(f"  {job.label()}: {_result(job.folder) if job.state else 'not started'}")
     return int(code)
 
 

@@ -312,6 +312,7 @@ RULES: dict[str, Rule] = {
     "log_every_n_steps": _count(),
     "val_every_n_steps": _count(none="4 times over the run"),
     "val_sequences": _count(0, "sequences per corpus, 0 = no validation"),
+    "val_part": _choice("all", "tuning", "reporting"),
     "num_threads": _count(none="torch's own choice"),
     "deterministic": Rule("bool"),
     "overfit_batches": _count(0, "0 = off"),

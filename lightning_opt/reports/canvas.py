@@ -18,7 +18,7 @@ from lightning_opt.reports.quantities import short
 from lightning_opt.reports.style import COLOURS, hexadecimal
 
 WIDTH, HEIGHT = 460, 270
-"""Size of every figure in its own units; text is 13 of them, so it stays readable at phone width."""
+"""Size of a figure in its own units (many rows make it higher); text is 13 of them, readable at phone width."""
 
 _VARIABLES = {light: name for name, (light, _) in COLOURS.items()}
 _SETTINGS = {
@@ -59,7 +59,7 @@ class Legend:
     Attributes:
         label: what is drawn.
         colour: a colour name of `style`.
-        mark: ``line``, ``dashed``, ``area``, ``dot`` or ``tick``.
+        mark: ``line``, ``dashed``, ``area``, ``dot``, ``diamond`` or ``tick``.
     """
 
     label: str
@@ -93,19 +93,19 @@ class Figure:
 class Sheet:
     """An empty drawing with one pair of axes; made by `sheet`."""
 
-    def __init__(self, key: str, left: int = 58, right: int = 14):
-        self.key = key
-        self.drawing = Drawing(figsize=(WIDTH / 72, HEIGHT / 72))
+    def __init__(self, key: str, left: int = 58, right: int = 14, height: int = HEIGHT):
+        self.key, self.height = key, height
+        self.drawing = Drawing(figsize=(WIDTH / 72, height / 72))
         FigureCanvasSVG(self.drawing)
         self.drawing.patch.set_visible(False)
-        box = (left / WIDTH, 48 / HEIGHT, (WIDTH - left - right) / WIDTH, (HEIGHT - 48 - 32) / HEIGHT)
+        box = (left / WIDTH, 48 / height, (WIDTH - left - right) / WIDTH, (height - 48 - 32) / height)
         self.axes: Axes = self.drawing.add_axes(box)
         self.axes.patch.set_visible(False)
 
     def label(self, x: str, y: str) -> None:
         """Names the axes with their units: y above its axis (no turned text), x below on the right."""
-        self.drawing.text(4 / WIDTH, 1 - 15 / HEIGHT, y, color=hexadecimal("muted"), ha="left")
-        self.drawing.text(1 - 14 / WIDTH, 5 / HEIGHT, x, color=hexadecimal("muted"), ha="right")
+        self.drawing.text(4 / WIDTH, 1 - 15 / self.height, y, color=hexadecimal("muted"), ha="left")
+        self.drawing.text(1 - 14 / WIDTH, 5 / self.height, x, color=hexadecimal("muted"), ha="right")
 
     def ticks(self, x: int = 5, y: int = 5) -> None:
         """Few round ticks, in short form (1.2M, 300)."""
@@ -125,20 +125,21 @@ class Sheet:
         text = StringIO()
         nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
         self.drawing.savefig(text, format="svg", metadata=nothing, transparent=True)
-        return _for_page(text.getvalue(), self.key, description)
+        return _for_page(text.getvalue(), self, description)
 
 
 @contextmanager
-def sheet(key: str, left: int = 58, right: int = 14) -> Iterator[Sheet]:
+def sheet(key: str, left: int = 58, right: int = 14, height: int = HEIGHT) -> Iterator[Sheet]:
     """A `Sheet` in the house style; the style holds inside the block only.
 
     Args:
         key: identifier of the figure: what makes its element ids unique in the page, and the same every time.
         left: room for the labels of the y axis.
         right: room on the right.
+        height: of the whole figure, for many rows.
     """
     with mpl.rc_context({**_SETTINGS, "svg.hashsalt": key}):
-        yield Sheet(key, left, right)
+        yield Sheet(key, left, right, height)
 
 
 def tick(value: float, tiny: bool = False) -> str:
@@ -154,9 +155,9 @@ def tick(value: float, tiny: bool = False) -> str:
     return text.replace("-", "\N{MINUS SIGN}")
 
 
-def _for_page(svg: str, key: str, description: str) -> str:
+def _for_page(svg: str, drawn: Sheet, description: str) -> str:
     """Cuts the file's prologue, makes colours CSS variables, fonts the page's own, and ids unique."""
-    svg = svg[svg.index("<svg") :].strip()
+    key, svg = drawn.key, svg[svg.index("<svg") :].strip()
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
@@ -169,7 +170,8 @@ def _for_page(svg: str, key: str, description: str) -> str:
     svg = re.sub(r"font-family: [^;\"]+;?\s*", "", svg)
     svg = re.sub(r"<g>\s*</g>\s*", "", svg)
     svg = re.sub(r"\n\s*", "\n", svg)
-    start = f'<svg class="figure" role="img" aria-label="{_attribute(description)}" viewBox="0 0 {WIDTH} {HEIGHT}">'
+    size = f"{WIDTH} {drawn.height}"
+    start = f'<svg class="figure" role="img" aria-label="{_attribute(description)}" viewBox="0 0 {size}">'
     return start + svg[svg.index(">") + 1 :]
 
 

@@ -323,6 +323,8 @@ def scores(key: str, entries: Sequence[Score]) -> Figure:
 
 
 _UNITS = {"time, hours": 3600.0, "time, minutes": 60.0, "time, seconds": 1.0}
+_FLOPS = {"TFLOP": 1e12, "PFLOP": 1e15, "EFLOP": 1e18, "ZFLOP": 1e21}
+_UNITS |= {f"training compute, {unit}": size for unit, size in _FLOPS.items()}
 
 
 def time_label(seconds: Sequence[float]) -> str:
@@ -331,8 +333,20 @@ def time_label(seconds: Sequence[float]) -> str:
     return "time, hours" if last >= 3 * 3600 else "time, minutes" if last >= 180 else "time, seconds"
 
 
+def flops_label(operations: Sequence[float]) -> str:
+    """Axis label with the unit that suits so many floating-point operations."""
+    last = max(operations, default=0.0)
+    unit = max((name for name, size in _FLOPS.items() if last >= size), key=_FLOPS.__getitem__, default="TFLOP")
+    return f"training compute, {unit}"
+
+
+def unit_of(label: str) -> float:
+    """Seconds, or operations, in the unit of a `time_label` or a `flops_label`."""
+    return _UNITS[label]
+
+
 def in_unit(series: Series, label: str) -> Series:
-    """A curve over seconds as one over the unit of a `time_label`."""
+    """A curve over seconds or operations as one over the unit of such a label."""
     return [x / _UNITS[label] for x in series[0]], series[1]
 
 

@@ -101,6 +101,7 @@ class Comparison:
         keys: overrides that are not the same in all jobs.
         command: the sweep's own command line; empty where runs were put together by hand.
         trouble: what could not be read, in words.
+        mixed: whether runs that may not be ranked together were put together on purpose.
         sources: the folders that were put together by hand, as they were given; empty for a sweep.
     """
 
@@ -110,6 +111,7 @@ class Comparison:
     command: str = ""
     trouble: str = ""
     sources: tuple[Path, ...] = ()
+    mixed: bool = False
 
 
 def of_sweep(folder: Path) -> Comparison:

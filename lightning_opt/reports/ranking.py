@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import fmean, stdev, variance
+from statistics import fmean, stdev
 from typing import Any
 
 from lightning_opt.reports import quantities as q
 from lightning_opt.reports.jobs import Job
 from lightning_opt.reports.reading import Run
 from lightning_opt.reports.settings import rate_after_scale
+from lightning_opt.study import significance
+from lightning_opt.study.significance import Noise
 
 
 @dataclass(frozen=True)
@@ -98,26 +101,9 @@ class Standing:
         return edge([(cell.rate, cell) for cell in self.cells if cell.rate is not None])
 
 
-@dataclass(frozen=True)
-class Noise:
-    """How far seeds alone set runs of one setting apart.
-
-    Attributes:
-        variance: of the final loss between seeds.
-        freedom: its degrees of freedom.
-    """
-
-    variance: float
-    freedom: int
-
-
 def pooled(cells: Iterable[Cell]) -> Noise | None:
     """The variance within all settings together, as in a one-way analysis of variance; None without repeated seeds."""
-    repeated = [cell for cell in cells if cell.n > 1]
-    freedom = sum(cell.n - 1 for cell in repeated)
-    if not freedom:
-        return None
-    return Noise(sum((cell.n - 1) * variance(cell.losses) for cell in repeated) / freedom, freedom)
+    return significance.pooled(cell.losses for cell in cells)
 
 
 @dataclass(frozen=True)
@@ -190,17 +176,9 @@ def gap(first: Cell, second: Cell, noise: Noise | None) -> Gap:
     return Gap(value, t, t_limit(noise.freedom))
 
 
-_FEW = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764}
-
-
-def t_limit(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t; beyond 4 degrees of freedom by its expansion about the normal's.
-
-    Source: Abramowitz and Stegun, "Handbook of Mathematical Functions", 26.7.5; right to 0.2 %.
-    """
-    if freedom in _FEW:
-        return _FEW[freedom]
-    return 1.95996 + 2.37227 / freedom + 2.82250 / freedom**2 + 2.55584 / freedom**3
+def t_limit(freedom: float) -> float:
+    """The 97.5 % quantile of Student's t."""
+    return significance.t_quantile(0.975, freedom)
 
 
 def groups(jobs: Sequence[Job]) -> tuple[tuple[Group, ...], tuple[Job, ...]]:
@@ -246,7 +224,23 @@ _FACTS: tuple[tuple[str, Callable[[Run], Any]], ...] = (
     ("schedule end (tokens)", lambda run: run.plan.get("tokens")),
     ("sequence length", lambda run: run.plan.get("sequence_length")),
     ("validation sequences", lambda run: run.asked("trainer.val_sequences")),
+    ("validation part", lambda run: run.asked("trainer.val_part") or "all"),
 )
+
+_OTHERWISE = ("model", "parameters", "precision")
+"""Facts that set groups apart, though runs that differ in them were given the same task."""
+
+
+def unequal(jobs: Sequence[Job]) -> dict[str, list[str]]:
+    """What of data, tokens and schedule end differs between jobs: its name to each value with how many have it.
+
+    Jobs that wrote no plan count for nothing.
+    """
+    known = [_facts(job) for job in jobs if job.run.plan]
+    equal = [name for name, _ in _FACTS if name not in _OTHERWISE]
+    found = {name: Counter(_fact_text(facts[name]) for facts in known) for name in equal}
+    apart = {name: counts for name, counts in found.items() if len(counts) > 1}
+    return {name: [f"{text} in {count}" for text, count in counts.items()] for name, counts in apart.items()}
 
 
 def _facts(job: Job) -> dict[str, Any]:

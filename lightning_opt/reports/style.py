@@ -1,6 +1,6 @@
 """The look, defined once: colours of figures and page, in light and dark, and who wears which.
 
-The eight hues keep apart under the common colour-vision deficiencies (after Okabe and Ito, "Color Universal Design",
+The first hues keep apart under the common colour-vision deficiencies (after Okabe and Ito, "Color Universal Design",
 2008), each darkened for white paper and lightened for a dark screen. A figure is drawn in the light values; the page
 replaces every one of them by its CSS variable, so one drawing serves both modes.
 """
@@ -27,6 +27,10 @@ COLOURS: dict[str, tuple[str, str]] = {
     "indigo": ("#4a46a8", "#a9a6f5"),
     "sky": ("#3593c4", "#9bdcff"),
     "grey": ("#7a828c", "#8f98a3"),
+    "plum": ("#6f2482", "#d08be4"),
+    "lime": ("#6a8a00", "#b6d94c"),
+    "brown": ("#7b4b2a", "#cc9d7a"),
+    "teal": ("#007c80", "#4ed2d2"),
     "good": ("#0b7a52", "#45c996"),
     "warn": ("#8f6400", "#e8b84a"),
     "bad": ("#b3261e", "#ff8a80"),
@@ -61,6 +65,8 @@ STATES: dict[str, str] = {
 }
 
 _HUES = ("blue", "orange", "green", "pink", "ochre", "indigo", "sky", "grey")
+_MORE = ("blue", "orange", "green", "pink", "ochre", "indigo", "sky", "plum", "lime", "brown", "teal", "grey")
+_SOLID = 8  # hues that tell lines apart by themselves; from the ninth on, dashes help
 
 
 def hexadecimal(name: str) -> str:
@@ -79,7 +85,7 @@ def corpus_colour(index: int) -> str:
 
 
 def optimizer_colours(names: Iterable[str]) -> dict[str, tuple[str, bool]]:
-    """Colour name of each optimizer, and whether its lines are dashed, which the ninth and later ones are.
+    """Colour name of each optimizer, and whether its lines are dashed, which those from the ninth to the twentieth are.
 
     The two that most comparisons hold keep their colours from report to report; the others follow in order.
     """
@@ -87,7 +93,7 @@ def optimizer_colours(names: Iterable[str]) -> dict[str, tuple[str, bool]]:
     asked = list(dict.fromkeys(names))
     free = (place for place in itertools.count() if place not in [kept[name] for name in asked if name in kept])
     places = {name: kept[name] if name in kept else next(free) for name in asked}
-    return {name: (_HUES[place % len(_HUES)], place >= len(_HUES)) for name, place in places.items()}
+    return {name: (_MORE[place % len(_MORE)], _SOLID <= place < _SOLID + len(_MORE)) for name, place in places.items()}
 
 
 def css_variables(dark: bool) -> str:

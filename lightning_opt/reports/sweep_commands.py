@@ -123,4 +123,5 @@ def _proof(group: Group, ranked: Sequence[Standing]) -> list[tuple[str, str]]:
 def _draw(comparison: Comparison) -> str:
     here = shown_path(comparison.folder)
     given = [shown_path(path) for path in comparison.sources]
-    return command(["python", "-m", "recipes.report", *(["--compare", here, *given] if given else [here])])
+    marked = ["--mixed"] if comparison.mixed else []
+    return command(["python", "-m", "recipes.report", *(["--compare", here, *marked, *given] if given else [here])])

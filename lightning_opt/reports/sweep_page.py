@@ -7,18 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lightning_opt.reports import figures, sweep_csv, sweep_figures, sweep_tables, verdicts
+from lightning_opt.plan import ConfigError
 from lightning_opt.reports import quantities as q
+from lightning_opt.reports import sweep_csv, sweep_curves, sweep_figures, sweep_tables, verdicts
 from lightning_opt.reports.canvas import Figure
 from lightning_opt.reports.findings import data_name, model_name
 from lightning_opt.reports.jobs import Comparison, Job, of_runs, of_sweep
 from lightning_opt.reports.page import BROKEN, Section, guarded, render
-from lightning_opt.reports.ranking import Cell, Group, groups
+from lightning_opt.reports.ranking import Cell, Group, groups, unequal
 from lightning_opt.reports.scores import listed
-from lightning_opt.reports.series import smooth
 from lightning_opt.reports.style import optimizer_colours
 from lightning_opt.reports.sweep_commands import sweep_commands
-from lightning_opt.reports.sweep_figures import Colours, Line, Response
+from lightning_opt.reports.sweep_figures import Colours, Response
 from lightning_opt.reports.tables import Table
 from lightning_opt.run_folder import SweepFolder, short_names
 from lightning_opt.run_folder.records import write_text
@@ -43,17 +43,27 @@ def write_sweep(folder: Path) -> None:
     _write(of_sweep(Path(folder)))
 
 
-def compare(runs: Sequence[Path], out: Path) -> None:
+def compare(runs: Sequence[Path], out: Path, *, mixed: bool = False) -> None:
     """Writes the comparison of any runs into a folder of its own.
 
     Args:
         runs: run folders; a sweep folder stands for all its jobs.
         out: where ``report.html``, ``report.md`` and ``sweep.csv`` go; made where it is missing.
+        mixed: runs of unequal data, tokens or schedule end are put side by side, and marked, in place of refused.
 
     Raises:
         FileNotFoundError: a run folder does not exist.
+        ConfigError: the runs differ in data, tokens or schedule end.
     """
-    _write(of_runs(runs, Path(out)))
+    comparison = of_runs(runs, Path(out))
+    apart = unequal(comparison.jobs)
+    if apart and not mixed:
+        differ = "; ".join(f"{name}: {', '.join(found)}" for name, found in apart.items())
+        how = "compare those that agree, or add --mixed to see them side by side, marked as not comparable"
+        raise ConfigError(
+            "--compare", str(out), f"must be of runs that may be compared, and these differ ({differ}); {how}"
+        )
+    _write(replace(comparison, mixed=bool(apart)))
 
 
 def _write(comparison: Comparison) -> None:
@@ -71,6 +81,9 @@ def report(comparison: Comparison, found: Sequence[Group], silent: Sequence[Job]
     sections = [Section("groups", "Groups", _GROUPS, tables=(sweep_tables.groups(found),))] if len(found) > 1 else []
     for group in found:
         sections += _sections(comparison, group, colours, f"-{group.name.lower()}" if group.name else "")
+    if comparison.mixed:
+        drawn = guarded("together", lambda: sweep_curves.together(found, colours), ())
+        sections.insert(1, Section("together", "All runs together", _TOGETHER, tuple(drawn)))
     if silent:
         tables = tuple(_renamed(one, "-silent") for one in _jobs(comparison, silent, colours)[2])
         sections.append(Section("silent", "In no group", _SILENT, tables=tables))
@@ -102,6 +115,7 @@ def report(comparison: Comparison, found: Sequence[Group], silent: Sequence[Job]
     }
 
 
+_TOGETHER = "Put side by side with --mixed. They were not given the same task: read shapes, not ranks."
 _GROUPS = "Only runs that share all of these are ranked against each other."
 _SILENT = "These jobs wrote no plan (they never started, or failed before it): whom they belong with is not known."
 
@@ -129,7 +143,8 @@ def _sections(comparison: Comparison, group: Group, colours: Colours, suffix: st
     where = f", group {group.name}" if group.name else ""
     parts = (
         ("standing", "Best of each optimizer", lambda: _standing(comparison, group, colours)),
-        ("curves", "Loss on the way", lambda: _curves(group, colours, suffix)),
+        ("curves", "Loss on the way", lambda: _curves(comparison, group, colours, suffix)),
+        ("ends", "Loss against what it cost", lambda: _ends(group, colours, suffix)),
         ("grid", "Tuning", lambda: _tuning(comparison, group, colours, suffix)),
         ("target", "What it takes to reach the baseline", lambda: _target(group, colours)),
         ("jobs", "Every job", lambda: _jobs(comparison, group.jobs, colours, sweep_tables.settings(group, colours))),
@@ -158,50 +173,14 @@ def _jobs(comparison: Comparison, jobs: Sequence[Job], colours: Colours, *more: 
     return (), "", (every, *(table for table in (told, *more) if table.rows))
 
 
-def _front(group: Group) -> dict[int, str]:
-    """The runs in front, by identity, with their labels: each optimizer's best, else the one that came furthest."""
-    front = {}
-    for one in group.standings:
-        job = one.cells[0].best if one.best else max(one.jobs, key=lambda job: len(job.run.series("train/loss")[0]))
-        setting = f", {job.setting}" if job.setting else ""
-        front[id(job)] = f"{one.optimizer}{setting}"
-    return front
-
-
-def _curves(group: Group, colours: Colours, suffix: str) -> Part:
-    front = _front(group)
-
-    def lines(column: str, x: str, smoothed: bool) -> list[Line]:
-        found = []
-        for job in group.jobs:
-            series = job.run.series(column, x)
-            series = smooth(series) if smoothed and series[0] else series
-            found.append(Line(job.optimizer, front.get(id(job), ""), series, id(job) in front))
-        return [line for line in found if line.series[0]]
-
-    times = [x for line in lines("train/loss", "time_s", False) for x in line.series[0]]
-    clock = figures.time_label(times)
-    drawn = []
-    for column, kind, smoothed in (("val/loss", "Validation loss", False), ("train/loss", "Training loss", True)):
-        for x, label, title in (("tokens", "tokens", "by tokens"), ("time_s", clock, "by time")):
-            chosen = lines(column, x, smoothed)
-            if not chosen:
-                continue
-            if x == "time_s":
-                chosen = [Line(c.optimizer, c.label, figures.in_unit(c.series, clock), c.front) for c in chosen]
-            key = f"{column.replace('/', '-')}-{x.removesuffix('_s')}{suffix}"
-            drawn.append(
-                sweep_figures.curves(key, f"{kind} {title}", label, chosen, colours, _CURVES[smoothed, x], not smoothed)
-            )
+def _curves(comparison: Comparison, group: Group, colours: Colours, suffix: str) -> Part:
+    drawn = sweep_curves.curves(comparison, group, colours, suffix)
     return drawn, "" if drawn else f"Loss: {q.NOT_MEASURED}. No metrics were logged.", ()
 
 
-_CURVES = {
-    (False, "tokens"): "Only the ends may be ranked: before that, the runs' rates are still on their way down.",
-    (False, "time_s"): "The same by wall-clock time, validations included: what a slower or faster step changes.",
-    (True, "tokens"): "Rolling means over a twentieth of each run; one batch's loss jumps.",
-    (True, "time_s"): "Rolling means over a twentieth of each run, by wall-clock time.",
-}
+def _ends(group: Group, colours: Colours, suffix: str) -> Part | None:
+    drawn = sweep_curves.ends(group, colours, suffix)
+    return (drawn, "", ()) if drawn else None
 
 
 def _tuning(comparison: Comparison, group: Group, colours: Colours, suffix: str) -> Part | None:

@@ -180,6 +180,8 @@ def _tests(tests: Sequence[Gap]) -> str:
 def alarm(comparison: Comparison, found: Sequence[Group]) -> str:
     """What must be said first: what is not ranked against what, and what is still to come. Else empty."""
     said = [comparison.trouble] if comparison.trouble else []
+    if comparison.mixed:
+        said.append("Mixed on purpose (--mixed): these runs were not given the same task.")
     if len(found) > 1:
         apart = listed(list(found[0].facts))
         said.append(

@@ -10,6 +10,7 @@ import torch
 
 from lightning_opt import data
 from lightning_opt.models import IGNORE
+from lightning_opt.plan import ConfigError
 
 
 class FirstSequences:
@@ -48,6 +49,47 @@ class SpreadSequences:
         return self._dataset[index * len(self._dataset) // self._count]
 
 
+class EveryOther:
+    """Every other sequence of a map dataset, so that what is tuned on one half can be reported on the other.
+
+    Args:
+        dataset: any map dataset.
+        first: 0 or 1: the sequence it begins with.
+    """
+
+    def __init__(self, dataset: Any, first: int):
+        self._dataset, self._first = dataset, first
+
+    def __len__(self) -> int:
+        return (len(self._dataset) + 1 - self._first) // 2
+
+    def __getitem__(self, index: int) -> Any:
+        return self._dataset[2 * index + self._first]
+
+
+PARTS = {"tuning": 0, "reporting": 1}
+"""Parts of the validation text to the sequence that each begins with."""
+
+
+def part_of(val: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """One part of the validation text: every other sequence of each corpus, or all.
+
+    Args:
+        val: corpus to map dataset.
+        part: ``all``, ``tuning`` or ``reporting``; the last two share no sequence.
+
+    Raises:
+        ConfigError: a corpus has too few sequences to be parted.
+    """
+    if part == "all":
+        return dict(val)
+    for name, dataset in val.items():
+        if len(dataset) < 2:
+            why = f"needs 2 validation sequences of each corpus, and {name} has {len(dataset)}: raise data.val_fraction"
+            raise ConfigError("trainer.val_part", part, why)
+    return {name: EveryOther(dataset, PARTS[part]) for name, dataset in val.items()}
+
+
 class Filled:
     """A map dataset filled up with sequences that do not count, so that each rank gets as many batches.
 
@@ -78,6 +120,7 @@ class TokenDataModule(pl.LightningDataModule):
         micro_batch_size: sequences per device and micro-batch.
         micro_batches: micro-batches of the whole run per device (steps times accumulation).
         val_sequences: sequences per corpus and validation.
+        val_part: of the validation text: ``all``, or every other sequence: ``tuning``, or ``reporting`` for the others.
         num_workers: loader processes; the order does not depend on it.
         overfit_batches: when above 0, the run sees only its first so many micro-batches (of all ranks), again and
             again.
@@ -92,6 +135,7 @@ class TokenDataModule(pl.LightningDataModule):
         micro_batch_size: int,
         micro_batches: int,
         val_sequences: int,
+        val_part: str = "all",
         num_workers: int = 0,
         overfit_batches: int = 0,
         not_before: int = 0,
@@ -99,7 +143,7 @@ class TokenDataModule(pl.LightningDataModule):
         super().__init__()
         self.train = train
         self.overfit_batches = overfit_batches
-        self.val = {name: SpreadSequences(dataset, val_sequences) for name, dataset in val.items()}
+        self.val = {name: SpreadSequences(dataset, val_sequences) for name, dataset in part_of(val, val_part).items()}
         self.micro_batch_size = micro_batch_size
         self.micro_batches = micro_batches
         self.num_workers = num_workers

@@ -112,3 +112,26 @@ def test_memory(repository: Path, tmp_path: Path) -> None:
         ("lion", "float32"),
     ]
     assert claims["rows"][0]["Lion less"] == "25%"
+
+
+@pytest.mark.slow
+def test_interval_coverage(repository: Path, tmp_path: Path) -> None:
+    ours, bootstrap = quick("interval_coverage", repository, tmp_path)
+    assert {row["interval"] for row in ours["rows"]} == {"profile"}
+    assert {row["interval"] for row in bootstrap["rows"]} == {"percentile"}
+    for row in ours["rows"]:  # 50 trials: a right 90 % interval covers in 37 or fewer of them once in 2000 times
+        assert row["covered"] >= 0.76
+        assert row["width"] > 1
+
+
+@pytest.mark.slow
+def test_sweep_overhead(repository: Path, tmp_path: Path) -> None:
+    [table] = quick("sweep_overhead", repository, tmp_path)
+    [row] = table["rows"]
+    assert (row["jobs"], row["steps of a job"]) == (2, 2)
+    alone, swept = middle(row["jobs alone, s"]), middle(row["sweep, s"])
+    assert alone == pytest.approx(2 * middle(row["a job alone, s"]), abs=0.01)  # the median of two is their mean
+    assert middle(row["over"]) == pytest.approx(swept / alone - 1, abs=0.05 * swept / alone)
+    parts = [middle(row[f"{name}, s"]) for name in ("before", "between", "after")]
+    assert min(parts) > 0
+    assert sum(parts) < swept

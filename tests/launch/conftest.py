@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from laboratory import Lab
 
 # Runs train.py as `python train.py` does, then tells on stdout whether torch was imported.
 _WATCH = """
@@ -74,3 +75,18 @@ def jobs(monkeypatch, tmp_path) -> list[dict[str, Any]]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py"])
     return seen
+
+
+@pytest.fixture
+def lab(monkeypatch, tmp_path) -> Lab:
+    """Jobs that run in this process to a loss that the test gives."""
+    import lightning_opt.job
+    import lightning_opt.reports
+
+    lab = Lab()
+    monkeypatch.setitem(lightning_opt.job.__dict__, "run", lab.run)
+    monkeypatch.setitem(lightning_opt.reports.__dict__, "write_sweep", lambda folder: None)
+    monkeypatch.setitem(lightning_opt.reports.__dict__, "sweep_lines", lambda folder: [f"table of {folder}"])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    return lab

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
+import math
 import os
 import signal
 import sys
@@ -30,6 +31,7 @@ def run(config: dict[str, Any], folder: RunFolder, **_: Any) -> int:
         "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "threads": os.environ.get("OMP_NUM_THREADS"),
         "path": os.environ.get("PYTHONPATH"),
+        "server": os.getppid(),
     }
     with tries.open("a") as file:
         file.write(json.dumps({**seen, "began": began, "tty": sys.stdout.isatty()}) + "\n")
@@ -52,7 +54,8 @@ def run(config: dict[str, Any], folder: RunFolder, **_: Any) -> int:
         except KeyboardInterrupt:
             status.set("PREEMPTED", "interrupted")
             return 130
-    write_json(folder.summary, {"val_loss": seed / 100})
+    loss = seed / 100 + abs(math.log2(config["optimizer"].get("lr_scale", 1)))
+    write_json(folder.summary, {"val_loss": loss})
     with (folder.path / "ended").open("w") as file:
         file.write(str(time.time()))
     return code

@@ -42,7 +42,7 @@ def test_every_example_in_help_is_a_right_command(train_py, jobs, tmp_path):
         if "my_model" not in example:  # that one needs a model
             basic = ["hydra/launcher=basic"] if "-m" in example.split() else []
             assert main([*example.split(), *basic]) == 0, example
-    assert len(jobs) == len(examples) - 1 + 5
+    assert len(jobs) == len(examples) - 1 + 5 + 9  # a grid of 6, a descent of two cells with 5 jobs each
 
 
 def test_completion_completes(train_py):

@@ -318,3 +318,32 @@ def test_a_named_sweep_takes_more_jobs(start, tmp_path):
     assert jobs[1].differs == {"seed": 2, "optimizer": "adamw"}  # the same configuration, once
     assert os.listdir(tmp_path / "mine").count("seed-2-" + jobs[1].config_hash) == 1
     assert sorted(os.listdir(tmp_path)) == ["mine", "reported"]
+
+
+def test_a_search_that_was_stopped_goes_on(start, tmp_path):
+    """In its second job; the search then asks for what it would have asked for."""
+    fields = ("optimizer.lr_scale=0.5,1", "schedule.warmup=0.05,0.1", "~tuned")
+    words = ("hydra/sweeper=coordinate_descent", *fields, f"seed={WAITS + 20}")
+    sweep = start(*words)
+    until(lambda: len(started_jobs(tmp_path)) == 2)
+    sweep.signal(signal.SIGTERM)
+    code, out = sweep.wait()
+    assert code == 143, out
+    assert not psutil.wait_procs(sweep.family, timeout=10)[1]
+    (folder,) = folders(tmp_path)
+    assert [job.state for job in folder.jobs()] == ["FINISHED", "PREEMPTED"]
+    assert "Traceback" not in out
+    code, out = start(*words).wait()
+    assert code == 0, out
+    assert folders(tmp_path) == [folder]
+    ran = {tuple(job.differs.values()): (job.state, len(tries(job))) for job in folder.jobs()}
+    assert ran == {(1, 0.05): ("FINISHED", 1), (0.5, 0.05): ("FINISHED", 2), (1, 0.1): ("FINISHED", 1)}
+    assert "best optimizer.lr_scale=1 schedule.warmup=0.05: loss 7.2000 (3 configurations, 1 more within" in out
+    assert f"table of {folder.path.relative_to(tmp_path)}" in out
+
+
+def test_a_search_stops_at_a_failure_where_told_to(start, tmp_path):
+    fields = ("optimizer.lr_scale=0.5,1", "schedule.warmup=0.05,0.1", "~tuned")
+    code, out = start("hydra/sweeper=coordinate_descent", *fields, f"seed={BREAKS}", "on_failure=stop").wait()
+    assert code == 1, out
+    assert [job.state for job in folders(tmp_path)[0].jobs()] == ["FAILED", None]

@@ -1,0 +1,93 @@
+"""Descent over the study's recorded ablations: it accepts only what its threshold allows, and comes back."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+import pytest
+
+from lightning_opt.study import Cell, RecordedRuns, Results, Tuned, recorded_gains
+
+THRESHOLD = 3e-3
+STILL_BETTER = {
+    Cell("scion", "300m", 4.0): ("train_batch_size", 256, 3.0955305099487305 - 3.085716724395752),
+    Cell("kron", "130m", 4.0): ("learning_rate", 0.001, 3.3066134452819824 - 3.303089141845703),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(published: Results, tuned: Tuned) -> dict[Cell, RecordedRuns]:
+    cells = {cell: losses for cell, losses in published.tuning.items() if "best_config" in losses}
+    assert len(cells) == 90
+    return {cell: RecordedRuns.of(losses, tuned.best[cell]) for cell, losses in cells.items()}
+
+
+def test_from_a_published_best_it_accepts_only_recorded_gains(runs: dict[Cell, RecordedRuns]) -> None:
+    accepted = {cell: found for cell, one in runs.items() if (found := one.descend().accepted)}
+    assert set(accepted) == set(STILL_BETTER)
+    for cell, (key, value, gain) in STILL_BETTER.items():
+        (step,) = accepted[cell]
+        assert (step.axis, step.after[key]) == (key, value)
+        assert step.before == runs[cell].best
+        assert step.gain == pytest.approx(gain, abs=1e-12)
+
+
+def test_it_comes_back_from_every_neighbour_that_is_worse_by_more_than_the_threshold(
+    runs: dict[Cell, RecordedRuns],
+) -> None:
+    starts = 0
+    for cell, one in runs.items():
+        best = one(one.best)
+        for start in one.neighbours():
+            if not one(start) > best + THRESHOLD:
+                continue
+            starts += 1
+            descent = one.descend(start)
+            end = descent.incumbent
+            if cell in STILL_BETTER:
+                key, value, _ = STILL_BETTER[cell]
+                assert end == one.best | {key: value}, (cell, start)
+            else:
+                assert end == one.best, (cell, start)
+            assert one(descent.best) <= best
+            assert all(step.gain > THRESHOLD for step in descent.accepted)
+    assert starts > 600
+
+
+def test_what_is_not_recorded_cannot_be_had(runs: dict[Cell, RecordedRuns]) -> None:
+    one = runs[Cell("adamw", "130m", 1.0)]
+    assert one(one.best) == 3.5291428565979004
+    assert one(one.best | {"beta1": 0.95}) == 3.5385568141937256
+    assert one(one.best | {"beta1": 0.95, "warmup": 1000}) is None
+    assert one(one.best | {"beta1": 0.5}) is None
+
+
+def test_every_recorded_loss_is_found(runs: dict[Cell, RecordedRuns], recorded: Path) -> None:
+    """Against the csv module and nothing of ours but the names."""
+    with (recorded / "results.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["metric"].startswith("c4en_loss_ablation:")]
+    found = 0
+    for row in rows:
+        one = runs[Cell(row["optimizer"], row["params"], float(row["chinchilla"]))]
+        name, _, text = row["metric"].removeprefix("c4en_loss_ablation:").partition("=")
+        value = {"True": True, "False": False}.get(text)
+        changed = one.best | {name: float(text) if value is None else value}
+        loss = float(row["value"]) if math.isfinite(float(row["value"])) else math.inf
+        assert one(changed) == loss, row
+        found += 1
+    assert found > 1200
+
+
+def test_the_table_alone_is_enough(published: Results) -> None:
+    """Without the tuned values, which the table does not hold."""
+    descents = recorded_gains(published)
+    assert len(descents) == 90
+    accepted = {cell: descent.accepted for cell, descent in descents.items() if descent.accepted}
+    assert set(accepted) == set(STILL_BETTER)
+    for cell, (key, value, gain) in STILL_BETTER.items():
+        (step,) = accepted[cell]
+        assert step.axis == key
+        assert (step.before[key], step.after[key]) == ("as tuned", value)
+        assert step.gain == pytest.approx(gain, abs=1e-12)
