@@ -32,8 +32,9 @@ from benchmarks.record import Page, Table, keep, machine
 from benchmarks.turns import spread
 from lightning_opt.data import preparing
 from lightning_opt.data.embedded import make_corpora
-from lightning_opt.data.sources import read_documents, suffix_of
+from lightning_opt.data.text_files import read_documents, suffix_of
 from lightning_opt.data.tokenizer import find_eos, for_documents, save_trained, tokenizer_file, train_tokenizer
+from lightning_opt.plan import available_cpus
 
 FILES = 8
 
@@ -149,7 +150,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="2 MB, one round")
     parser.add_argument("--out", type=Path, default=None, help="folder (benchmarks/results)")
     args = parser.parse_args()
-    args.processes = args.processes or preparing.available_cpus()
+    args.processes = args.processes or available_cpus()
     args.rounds = args.rounds or (1 if args.quick else 5)
     megabytes = args.megabytes or (2 if args.quick else 60)
     where = machine()

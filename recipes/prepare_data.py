@@ -45,8 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("lightning_opt").setLevel(logging.INFO)
-    from lightning_opt.data.origins import HubLost
     from lightning_opt.data.workforce import WorkerLost
+    from lightning_opt.plan import HubLost
 
     try:
         words = ["dry_run=true" if word == "--dry-run" else word for word in arguments]

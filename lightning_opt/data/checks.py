@@ -12,7 +12,7 @@ from typing import Any
 from lightning_opt.data.cached import Damaged
 from lightning_opt.data.shards import RECORD, read_index
 from lightning_opt.data.shares import corpus_shares
-from lightning_opt.data.sources import discover
+from lightning_opt.data.text_files import discover
 from lightning_opt.data.tokenizer import find_eos, tokenizer_file
 from lightning_opt.plan import ConfigError, check_value, is_hub_id
 

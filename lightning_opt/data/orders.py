@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_opt.data import origins, sources
+from lightning_opt.data import origins, text_files
 from lightning_opt.data.cached import replace_text
 from lightning_opt.data.decontamination import Ngrams, evaluation_files, identity
 from lightning_opt.data.origins import Origin
@@ -168,7 +168,7 @@ def _entry(name: str, entry: Any) -> dict[str, Any]:
     for key in entry:
         if key not in _ENTRY:
             raise ConfigError(f"{field}.{key}", entry[key], f"is no field of a corpus; it has {', '.join(_ENTRY)}")
-    patterns = entry.get("files") or [f"*{suffix}" for suffix in sources.SUFFIXES]
+    patterns = entry.get("files") or [f"*{suffix}" for suffix in text_files.SUFFIXES]
     return {
         "repo": entry.get("repo"),
         "path": entry.get("path"),
@@ -287,7 +287,7 @@ def _sample(settings: Mapping[str, Any], corpora: list[CorpusPlan]) -> Iterator[
         for name, size in files if corpus.split == "train" else ():
             room = total * settings["weights"][corpus.name] / len(files)
             for text in first_documents(corpus, name, size):
-                if sources.draw(text) >= corpus.val_fraction:
+                if text_files.draw(text) >= corpus.val_fraction:
                     room -= len(text.encode("utf-8"))
                     yield text
                 if room <= 0:
@@ -296,8 +296,8 @@ def _sample(settings: Mapping[str, Any], corpora: list[CorpusPlan]) -> Iterator[
 
 def first_documents(corpus: CorpusPlan, name: str, size: int, on_bytes: Any = None) -> Iterator[str]:
     """The documents of one of its files from the start on."""
-    suffix = sources.suffix_of(Path(name))
+    suffix = text_files.suffix_of(Path(name))
     assert suffix
-    reading = sources.Reading(name, suffix, corpus.origin.field, corpus.column, on_bytes=on_bytes)
+    reading = text_files.Reading(name, suffix, corpus.origin.field, corpus.column, on_bytes=on_bytes)
     with corpus.origin.open(name, size) as raw:
         yield from filter(None, reading.rows(raw))

@@ -22,13 +22,13 @@ import filelock
 
 from lightning_opt.data import finishing, orders
 from lightning_opt.data.cached import VERIFIED, Damaged, file_digest, fingerprint, replace_text, verify
+from lightning_opt.data.meter import Meter
 from lightning_opt.data.orders import CorpusPlan, Plan
-from lightning_opt.data.progress import progress
 from lightning_opt.data.shards import RECORD, read_index
 from lightning_opt.data.tokenizer import BESIDE, TOKENIZER
 from lightning_opt.data.units import Progress, Unit, progress_of
 from lightning_opt.data.workforce import Kit, Workforce
-from lightning_opt.plan import ConfigError
+from lightning_opt.plan import ConfigError, available_cpus
 
 log = logging.getLogger("lightning_opt.data")
 
@@ -111,11 +111,6 @@ def check_target(target: Path, settings: dict[str, Any]) -> dict[str, Any] | Non
         return None
     _check_same(record["settings"], settings, target)
     return record
-
-
-def available_cpus() -> int:
-    """The CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
@@ -294,7 +289,7 @@ def _fill(corpora: dict[str, _Corpus], plan: Plan, processes: int) -> None:
     total = sum(corpus.plan.goal for corpus in corpora.values())
     begun = sum(progress_of(unit).tokens[unit.split] for unit in ready)
     with (
-        progress("preparing", total, unit="tokens", done=total - _missing(corpora) + begun) as advance,
+        Meter("preparing", total, unit="tokens", done=total - _missing(corpora) + begun) as meter,
         Workforce(workers, kit) as workforce,
     ):
         while True:
@@ -303,7 +298,7 @@ def _fill(corpora: dict[str, _Corpus], plan: Plan, processes: int) -> None:
             if not workforce.is_busy:
                 return
             for unit, tokens, over in workforce.reports():
-                advance(tokens)
+                meter.advance(tokens)
                 if over:
                     by_folder[unit.folder].report(unit, over)
 

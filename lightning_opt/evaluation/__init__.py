@@ -10,10 +10,9 @@ __getattr__, __dir__, __all__ = attach(
     {
         "suites": ["check"],
         "score": ["evaluate"],
-        "sandbox": ["Limits", "Sandbox", "SandboxError", "Verdict"],
+        "sandbox": ["Limits", "Rooms", "Sandbox", "SandboxError", "Verdict"],
         "offline": ["write_tasks"],
         "sampling": ["SampleScorer"],
-        "agents": ["evaluate_agent"],
-        "agents_settings": ["AgentSettings"],
+        "agents": ["AgentSettings", "evaluate_agent"],
     },
 )

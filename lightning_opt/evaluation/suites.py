@@ -6,9 +6,7 @@ published number. `full`: the real sets, from local files (`data_dir`) or from t
 
 from __future__ import annotations
 
-import gzip
 import importlib.util
-import json
 import os
 import urllib.error
 import urllib.request
@@ -18,8 +16,9 @@ from typing import Any
 
 from lightning_opt.evaluation.freezing import check_frozen
 from lightning_opt.evaluation.mmlu_subjects import TEST_DOCUMENTS
-from lightning_opt.evaluation.sources import SOURCES, TASKS, WORDS
+from lightning_opt.evaluation.task_table import SOURCES, TASKS, WORDS
 from lightning_opt.plan import ConfigError, check_value, one_of
+from lightning_opt.run_folder import NoJson, read_json_lines
 
 SUITES = ("mini", "full", "none")
 ENGINES = ("hf", "vllm")
@@ -225,17 +224,11 @@ def read_documents(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         ConfigError: the file is not JSON lines; names the line.
     """
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                raise ConfigError(
-                    "evaluation.data_dir", f"{path.name} line {number}", "must be one JSON object"
-                ) from None
+    try:
+        yield from read_json_lines(path)
+    except NoJson as error:
+        where = f"{path.name} line {error.line}"
+        raise ConfigError("evaluation.data_dir", where, "must be one JSON object") from None
 
 
 def spread(sizes: Mapping[str, int], limit: int | None) -> dict[str, int]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning_opt.plan.errors import ConfigError
 from lightning_opt.plan.lengths import (
     split_batch,
     steps_for_epochs,
@@ -22,7 +23,7 @@ from lightning_opt.plan.optimizers import check_optimizer, fed_to, rules_of
 from lightning_opt.plan.processes import place
 from lightning_opt.plan.resuming import check_allowed
 from lightning_opt.plan.rule_facts import wants_all
-from lightning_opt.plan.values import LARGEST_TRAINED_VOCABULARY, RULES, ConfigError, check_value, rule_for
+from lightning_opt.plan.values import LARGEST_TRAINED_VOCABULARY, RULES, check_value, rule_for
 from lightning_opt.plan.words import near_path
 
 _NO_RULE_BELOW = ("callbacks.", "logger.")  # other people's keywords

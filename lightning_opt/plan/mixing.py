@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_opt.plan.errors import ConfigError
 from lightning_opt.plan.phases import check_order
-from lightning_opt.plan.values import ConfigError, check_value
+from lightning_opt.plan.values import check_value
 from lightning_opt.plan.words import one_of
 
 LONGEST_DENSE_MASK = 1024

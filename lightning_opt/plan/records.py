@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lightning_opt.plan.values import ConfigError
+from lightning_opt.plan.errors import ConfigError
 
 _FOLDER = Path(__file__).with_name("tuned")
 _KEYS = {"source", "measured", "always", "columns", "cells"}

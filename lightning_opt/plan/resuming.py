@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lightning_opt.plan.values import ConfigError, show
+from lightning_opt.plan.errors import ConfigError, show
 from lightning_opt.plan.words import one_of
 
 ALLOWABLE = ("seed", "data", "tokenizer", "sequence_length", "global_batch_size", "optimizer")

@@ -7,8 +7,6 @@ Student's paired t test on their differences. P-values of one page are adjusted 
 
 from __future__ import annotations
 
-import gzip
-import json
 import logging
 import math
 from collections import Counter
@@ -21,7 +19,7 @@ from typing import Any
 
 from lightning_opt.reports.quantities import finite
 from lightning_opt.reports.scores import Score, from_summary
-from lightning_opt.run_folder import read_json
+from lightning_opt.run_folder import read_json, read_json_lines
 
 log = logging.getLogger("lightning_opt.reports")
 
@@ -122,8 +120,7 @@ def read_judged(label: str, folder: Path) -> Judged:
 
 def _records(path: Path) -> list[dict[str, Any]]:
     try:
-        with gzip.open(path, "rt", encoding="utf-8") as lines:
-            return [json.loads(line) for line in lines]
+        return list(read_json_lines(path))
     except FileNotFoundError:
         return []
     except (OSError, EOFError, ValueError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,6 +99,12 @@ def test_no_hub_is_a_failure_and_no_mistake(
     said = capsys.readouterr().err
     assert said.startswith("data.corpora.c4_en = allenai/c4: the hub gave up on us (")
     assert said.endswith("data.root=FOLDER; the same command goes on where it was\n")
+    lost = [word for word in words if not word.startswith("data.tokenizer.path=")]
+    lost += [f"data.root={place / 'hub'}", "data.tokenizer.path=some-org/model"]
+    assert main(lost) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("data.tokenizer.path = some-org/model: the hub gave up on us (")
+    shutil.rmtree(tmp_path / "shards", ignore_errors=True)  # what it began
     assert main([*words, "--dryrun"]) == 2
     assert capsys.readouterr().err.startswith("--dryrun = true: is no option: there is --dry-run")
     assert not list(tmp_path.iterdir())

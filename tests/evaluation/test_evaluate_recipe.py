@@ -316,15 +316,15 @@ def test_everything_wrong_with_the_paths_is_listed(
 
 
 def test_words_of_the_command_line() -> None:
-    from recipes.evaluate import engine_arguments, parse, settings
+    from recipes.evaluate_asked import engine_arguments, parse, settings
 
     assert engine_arguments("tensor_parallel_size=8,dtype=auto,enforce_eager=true") == {
         "tensor_parallel_size": 8,
         "dtype": "auto",
         "enforce_eager": True,
     }
-    assert settings(parse(["x"]))["suite"] == "mini"
-    assert settings(parse(["x"]))["cache"].endswith("lightning_opt/answers")
-    assert settings(parse(["x", "--no-cache"]))["cache"] is None
-    assert settings(parse(["x"]))["sandbox_seconds"] == 5.0
-    assert settings(parse(["x", "--sandbox-seconds", "2.5"]))["sandbox_seconds"] == 2.5
+    assert settings(parse("", ["x"]))["suite"] == "mini"
+    assert settings(parse("", ["x"]))["cache"].endswith("lightning_opt/answers")
+    assert settings(parse("", ["x", "--no-cache"]))["cache"] is None
+    assert settings(parse("", ["x"]))["sandbox_seconds"] == 5.0
+    assert settings(parse("", ["x", "--sandbox-seconds", "2.5"]))["sandbox_seconds"] == 2.5

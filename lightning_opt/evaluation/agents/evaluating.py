@@ -14,10 +14,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lightning_opt.evaluation import documents
-from lightning_opt.evaluation.agents_scores import IDLE, read_results, score_domain, task_records
-from lightning_opt.evaluation.agents_settings import DOMAINS, AgentSettings, folder_of
-from lightning_opt.evaluation.agents_tau2 import Tau2, find_tau2, named, run_domain, served_model
+from lightning_opt.evaluation import document_records
+from lightning_opt.evaluation.agents.scores import IDLE, read_results, score_domain, task_records
+from lightning_opt.evaluation.agents.settings import DOMAINS, AgentSettings, folder_of
+from lightning_opt.evaluation.agents.tau2 import Tau2, find_tau2, named, run_domain, served_model
 from lightning_opt.evaluation.score import DOCUMENTS
 from lightning_opt.plan import ConfigError
 from lightning_opt.plan.secrets import guarding
@@ -70,7 +70,9 @@ def evaluate_agent(settings: AgentSettings, say: Callable[[str], None] = _LOG.in
 
 def _write_records(folder: Path) -> None:
     found = ((domain, read_results(folder / domain)) for domain in DOMAINS)
-    documents.write(folder / DOCUMENTS, [record for name, kept in found if kept for record in task_records(name, kept)])
+    document_records.write(
+        folder / DOCUMENTS, [record for name, kept in found if kept for record in task_records(name, kept)]
+    )
 
 
 def _kept(folder: Path) -> dict[str, Any]:
