@@ -85,6 +85,7 @@ def mapped(rows: Any, tokenizer: Path, processes: int, place: Path) -> int:
     eos = encoder.token_to_id(find_eos(tokenizer))
 
     def encode(batch: dict[str, list]) -> dict[str, list]:
+        encoder.encode_special_tokens = True  # lost on the way to a worker
         encodings = encoder.encode_batch_fast(batch["text"], add_special_tokens=False)
         return {"ids": [[*encoding.ids, eos] for encoding in encodings]}
 
