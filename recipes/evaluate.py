@@ -11,9 +11,9 @@
 
 A run folder gets its evaluation/results.json, summary.json and report anew. Several PATHs, or --out, give a page that
 compares them task by task over the same documents (scores.html, scores.csv); a plain checkpoint's results lie beside
-it, in a folder of their own. Without --out one plain checkpoint's scores are only printed, and several go to
-runs/scores/TIME. Tasks: hellaswag, mmlu, humaneval, lambada_openai, openbookqa, winogrande, piqa, boolq, wsc273,
-arc_easy, arc_challenge, copa; "study" stands for the ten of the optimizer study, "all" for everything.
+it, in a folder of their own (NAME-xxxxxxxx, by its path). Without --out one plain checkpoint's scores are only
+printed, and several go to runs/scores/TIME. Tasks: hellaswag, mmlu, humaneval, lambada_openai, openbookqa, winogrande,
+piqa, boolq, wsc273, arc_easy, arc_challenge, copa; "study" stands for the ten of the optimizer study, "all" for all.
 Answers are kept on disk: a scoring that was stopped goes on where it was. Exits with 0 when every task of every model
 has a score, 1 when some have none, 2 for wrong input.
 """
@@ -168,7 +168,7 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError("--out", str(options.out), "must be a folder")
     models = found_models(options)
     if options.report_only:
-        return compare(models, options.out, kept_only=True)
+        return compare(models, options.out)
     config = settings(options)
     if options.export_tasks is not None:
         if len(models) != 1 or config["suite"] == "none":
@@ -201,7 +201,7 @@ def score_all(models: list[Model], out: Path | None, config: dict[str, Any], dev
     scored, complete = [], True
     for model in models:
         with tempfile.TemporaryDirectory() as scratch:
-            place = results_of(model, models, out) or Path(scratch)
+            place = model.results_in(out or Path(scratch))
             try:
                 block = score(model.folder, place, config, device)
             except Exception as error:
@@ -211,7 +211,7 @@ def score_all(models: list[Model], out: Path | None, config: dict[str, Any], dev
                 print(f"{model.path}: {kind}{' '.join(str(error).split())}", file=sys.stderr)
                 complete = False
                 continue
-        if model.is_run:
+        if model.results is not None:
             refresh(model.path)
         show(str(model.path), block)
         missing = unscored(block)
@@ -220,33 +220,21 @@ def score_all(models: list[Model], out: Path | None, config: dict[str, Any], dev
     return scored, complete
 
 
-def results_of(model: Model, models: list[Model], out: Path | None) -> Path | None:
-    """Where a model's results lie: in the run folder, or for a plain checkpoint below `out`; None for nowhere."""
-    from lightning_opt.reports.downstream import labels
+def compare(models: list[Model], out: Path | None) -> int:
+    """Draws the page of these models, and prints where it is.
 
-    if model.is_run:
-        return model.path / "evaluation"
-    if out is None:
-        return None
-    named = dict(zip(models, labels([str(one.path) for one in models]), strict=True))
-    return out / "".join(letter if letter.isalnum() or letter in "-._" else "-" for letter in named[model])
-
-
-def compare(models: list[Model], out: Path | None, *, kept_only: bool = False) -> int:
-    """Draws the page of these models, and prints where it is."""
+    Raises:
+        ConfigError: there is no folder for it, or a model was not scored.
+    """
     if out is None:
         raise ConfigError("--out", None, "must name a folder for the page")
-    folders = [results_of(model, models, out) for model in models]
-    lacking = [
-        str(model.path)
-        for model, folder in zip(models, folders, strict=True)
-        if folder is None or not (folder / "results.json").is_file()
-    ]
-    if kept_only and lacking:
+    folders = {model: model.results_in(out) for model in models}
+    lacking = [str(model.path) for model, folder in folders.items() if not (folder / "results.json").is_file()]
+    if lacking:
         raise ConfigError("--report-only", ", ".join(lacking), "must have been scored before")
     from lightning_opt import reports  # matplotlib
 
-    reports.write_scores([str(model.path) for model in models], folders, out)
+    reports.write_scores([str(model.path) for model in models], [folders[model] for model in models], out)
     print(out / "scores.html")
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 
 from lightning_opt.evaluation.suites import DEFAULTS, ENGINES, SUITES, resolve
 from lightning_opt.evaluation.task_table import SOURCES, TASKS, WORDS
-from lightning_opt.plan import ConfigError
+from lightning_opt.plan import ConfigError, is_hub_id
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
@@ -24,13 +25,21 @@ class Model:
 
     Attributes:
         path: as the user gave it.
-        folder: the checkpoint.
-        is_run: whether the path is a run folder.
+        folder: the checkpoint; the path itself where results are all that is asked of it.
+        results: where its results lie; None for a plain checkpoint, which has them below ``--out``.
     """
 
     path: Path
     folder: Path
-    is_run: bool
+    results: Path | None
+
+    def results_in(self, out: Path) -> Path:
+        """Where its results lie, whatever models stand beside it."""
+        if self.results is not None:
+            return self.results
+        whole = self.path.resolve()
+        name = "".join(letter if letter.isalnum() or letter in "-._" else "-" for letter in whole.name)
+        return out / f"{name}-{hashlib.sha256(str(whole).encode()).hexdigest()[:8]}"
 
 
 def parse(about: str, arguments: list[str] | None = None) -> argparse.Namespace:
@@ -73,7 +82,11 @@ def parse(about: str, arguments: list[str] | None = None) -> argparse.Namespace:
     add("--cache", type=Path, metavar="DIR", help="where answers are kept (default: your cache folder)")
     add("--no-cache", action="store_true", help="keep no answers, and ask everything again")
     add("--out", type=Path, metavar="DIR", help="the page, and the results of plain checkpoints")
-    add("--report-only", action="store_true", help="score nothing: draw the page from what run folders and --out hold")
+    add(
+        "--report-only",
+        action="store_true",
+        help="score nothing: draw the page of what was kept; PATH may be any folder with results.json",
+    )
     add("--freeze", type=Path, metavar="DIR", help="fetch the sets of --tasks (default: all) from the hub into DIR")
     add("--export-tasks", type=Path, metavar="DIR", help="write lm-eval task files for one PATH, do not score")
     return parser.parse_args(arguments)
@@ -98,6 +111,8 @@ def model_folder(path: Path) -> tuple[Path, bool]:
     if (path / "config.yaml").is_file():
         raise ConfigError("PATH", str(path), "must be a run that is over: this run folder has no model/ yet")
     expected = "must be a run folder with model/ or a Hugging Face checkpoint folder with config.json"
+    if is_hub_id(str(path)):
+        expected += f"; one of the hub is fetched by: hf download {path} --local-dir {path.name}"
     raise ConfigError("PATH", str(path), expected)
 
 
@@ -110,7 +125,7 @@ def found_models(options: argparse.Namespace) -> list[Model]:
     models, wrong = [], []
     for path in options.paths:
         try:
-            models.append(Model(path, *model_folder(path)))
+            models.append(_found(path, options.report_only))
         except ConfigError as error:
             wrong.append(error)
     for error in wrong[:-1]:
@@ -118,6 +133,15 @@ def found_models(options: argparse.Namespace) -> list[Model]:
     if wrong:
         raise wrong[-1]
     return models
+
+
+def _found(path: Path, report_only: bool) -> Model:
+    if report_only:
+        for kept in (path / "evaluation", path):
+            if (kept / "results.json").is_file():
+                return Model(path, path, kept)
+    folder, is_run = model_folder(path)
+    return Model(path, folder, path / "evaluation" if is_run else None)
 
 
 def tasks(options: argparse.Namespace, default: str) -> list[str]:

@@ -17,7 +17,7 @@ from lightning_opt.data import origins, text_files
 from lightning_opt.data.cached import replace_text
 from lightning_opt.data.decontamination import Ngrams, evaluation_files, identity
 from lightning_opt.data.origins import Origin
-from lightning_opt.data.shards import TokenizerFacts, size_of
+from lightning_opt.data.shards import PLAN, TokenizerFacts, size_of
 from lightning_opt.data.shares import corpus_shares
 from lightning_opt.data.tokenizer import (
     BESIDE,
@@ -38,7 +38,7 @@ log = logging.getLogger("lightning_opt.data")
 FORMAT = 2
 SPREAD_FILES = 64
 LEAST_QUOTA = 100_000
-PLAN, NGRAMS = "plan.json", "ngrams.npz"
+NGRAMS = "ngrams.npz"
 _SAMPLED_FILES = 8
 _ENTRY = ("repo", "path", "revision", "files", "column", "val_tokens", "val_fraction")
 
@@ -127,7 +127,8 @@ def asked(config: Mapping[str, Any], tokens: Any) -> dict[str, Any]:
         raise ConfigError("data.corpora", config.get("corpora"), "must name a corpus, {web: {repo: OWNER/NAME}}")
     if len(train) == len(corpora) and not any(entry["val_fraction"] for entry in corpora.values()):
         how = "must hold a corpus with val_tokens, or one with a val_fraction: training needs validation text"
-        raise ConfigError("data.corpora", list(corpora), how)
+        example = f"data.corpora.{train[0]}.val_fraction=0.001"
+        raise ConfigError("data.corpora", list(corpora), f"{how}, for example {example}")
     tokenizer = config.get("tokenizer") or {}
     if not tokenizer.get("path") and check_value("data.tokenizer.vocab_size", tokenizer.get("vocab_size")) is None:
         how = "must be a number where data.tokenizer.path is null: a tokenizer is then trained on the text"

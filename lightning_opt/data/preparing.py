@@ -21,10 +21,10 @@ from typing import Any
 import filelock
 
 from lightning_opt.data import finishing, orders
-from lightning_opt.data.cached import VERIFIED, Damaged, file_digest, fingerprint, replace_text, verify
+from lightning_opt.data.cached import Damaged, file_digest, fingerprint, replace_text, verify
 from lightning_opt.data.meter import Meter
 from lightning_opt.data.orders import CorpusPlan, Plan
-from lightning_opt.data.shards import RECORD, read_index
+from lightning_opt.data.shards import RECORD, WORK, read_index
 from lightning_opt.data.tokenizer import BESIDE, TOKENIZER
 from lightning_opt.data.units import Progress, Unit, progress_of
 from lightning_opt.data.workforce import Kit, Workforce
@@ -32,7 +32,6 @@ from lightning_opt.plan import ConfigError, available_cpus
 
 log = logging.getLogger("lightning_opt.data")
 
-WORK = ".preparing"
 _COUNTED = ("tokens", "documents")
 
 
@@ -135,8 +134,7 @@ def _alone(target: Path) -> Iterator[None]:
 
 def _is_whole(target: Path, record: dict[str, Any], config: Mapping[str, Any]) -> bool:
     """Whether all is as it was written; if not, all that is not is cleared away, to be made by the plan of then."""
-    memory = Path(config["cache_dir"], VERIFIED) if config.get("cache_dir") else None
-    damaged = [name for name in record["corpora"] if _is_damaged(target / name, memory)]
+    damaged = [name for name in record["corpora"] if _is_damaged(target / name)]
     tokenizer = (target / TOKENIZER).is_file() and file_digest(target / TOKENIZER) == record["tokenizer_sha256"]
     if not damaged and tokenizer:
         return True
@@ -161,10 +159,10 @@ def _is_whole(target: Path, record: dict[str, Any], config: Mapping[str, Any]) -
     return False
 
 
-def _is_damaged(folder: Path, memory: Path | None) -> bool:
+def _is_damaged(folder: Path) -> bool:
     try:
         read_index(folder)
-        verify(folder, memory)
+        verify(folder)  # without a memory: a byte may change and leave size and time as they were
     except Damaged as damage:
         log.warning("%s: made again", damage)
         return True

@@ -34,6 +34,7 @@ FORMAT = 1
 SPLITS = ("train", "val")
 INDEX = "index.json"
 RECORD = "preparation.json"  # beside the corpus folders: what `recipes.prepare_data` was asked for
+PLAN, WORK = "plan.json", ".preparing"  # its plan, which lies in WORK until all is made
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

@@ -232,7 +232,7 @@ def _split_documents(corpus: CorpusFiles, fraction: float, advance: Callable[[in
 
 
 def _prepared(config: Mapping[str, Any]) -> tuple[Path, str, list[Shards]]:
-    folders = checks.check_prepared(config)
+    folders = checks.check_prepared(config, ask_hub=True)
     file = Path(config["path"]) / "tokenizer.json"
     corpora = []
     for folder in folders.values():

@@ -134,6 +134,15 @@ def find_eos(file: Path, asked: str | None = None) -> str:
     raise ConfigError("data.tokenizer.eos", None, f"must name the end-of-text token of {file.name}, {how}")
 
 
+def vocabulary_of(file: Path) -> dict[str, int]:
+    """Token to id, added tokens too, of a file of which `find_eos` knows that it is a tokenizer's."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    if not isinstance(vocabulary, dict):
+        vocabulary = {entry[0]: number for number, entry in enumerate(vocabulary)}
+    return vocabulary | {token["content"]: token["id"] for token in content.get("added_tokens") or []}
+
+
 def load_tokenizer(path: str | Path, eos: str | None = None) -> PreTrainedTokenizerFast:
     """Loads a local tokenizer for transformers and lm-eval, with its end-of-text token set.
 

@@ -8,7 +8,7 @@ from lightning_opt._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        "suites": ["check"],
+        "suites": ["check", "check_samples"],
         "score": ["evaluate"],
         "sandbox": ["Limits", "Rooms", "Sandbox", "SandboxError", "Verdict"],
         "offline": ["write_tasks"],

@@ -21,7 +21,7 @@ from lightning_opt.evaluation.humaneval import solution_bits
 from lightning_opt.evaluation.offline import write_tasks
 from lightning_opt.evaluation.quiet import quiet
 from lightning_opt.evaluation.score import context_of
-from lightning_opt.evaluation.suites import resolve
+from lightning_opt.evaluation.suites import check_sample, resolve
 from lightning_opt.evaluation.task_table import SOURCES
 from lightning_opt.plan import ConfigError, check_value
 
@@ -66,10 +66,7 @@ class SampleScorer:
         if settings["suite"] == "none":
             why = "must be mini or full for scores while training (or callbacks.sample_scores.every_n_steps=0)"
             raise ConfigError("evaluation.suite", "none", why)
-        for task in self.tasks or ():
-            if task not in settings["tasks"]:
-                why = f"must be some of evaluation.tasks: {', '.join(settings['tasks'])}"
-                raise ConfigError("sample_scores.scorer.tasks", task, why)
+        check_sample(self.evaluation or {}, self.tasks, "sample_scores.scorer.tasks")
         return settings | {"tasks": self.tasks or settings["tasks"], "limit": self.documents}
 
     def __call__(self, module: torch.nn.Module) -> dict[str, float]:

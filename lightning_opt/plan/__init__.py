@@ -24,7 +24,7 @@ __getattr__, __dir__, __all__ = attach(
             "warms_by_fraction",
         ],
         "routes": ["ROLES", "read_roles", "settings"],
-        "mixing": ["DataPhase", "check_documents_apart", "data_phases", "data_seams"],
+        "mixing": ["DataPhase", "check_data_fields", "check_documents_apart", "data_phases", "data_seams"],
         "phases": ["check_order", "read_phases"],
         "resuming": ["check_allowed", "check_same", "identity", "length_changes", "with_data"],
         "hub": ["HubLost", "gated", "hub_said"],

@@ -15,6 +15,7 @@ LONGEST_DENSE_MASK = 1024
 """Tokens of a sequence whose documents can be kept apart without a GPU: the mask holds a byte for each pair of them."""
 
 _FIELDS = ("until", "weights")
+_NEEDED = {"name": "mine", "sequence_length": "${model.context_length}"}
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,20 @@ class DataPhase:
     def field(self) -> str:
         """Where the configuration has its weights."""
         return "data.weights" if self.weights is None else f"data.phases.{self.name}.weights"
+
+
+def check_data_fields(data: Mapping[str, Any]) -> None:
+    """Refuses a data set that leaves out what has no default.
+
+    Args:
+        data: ``config["data"]``.
+
+    Raises:
+        ConfigError: names the line that its file lacks.
+    """
+    for field, example in _NEEDED.items():
+        if data.get(field) is None:
+            raise ConfigError(f"data.{field}", None, f"must be said by the file in conf/data: {field}: {example}")
 
 
 def data_phases(data: Mapping[str, Any]) -> list[DataPhase]:

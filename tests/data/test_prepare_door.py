@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from prepare_samples import DCLM, STARCODER, content, make_hub
 
 from lightning_opt.data import preparing
 from lightning_opt.data import tokenizer as t
+from lightning_opt.plan import ConfigError
 
 COMMAND = (
     sys.executable, "-m", "recipes.prepare_data", "data=dclm_starcoder_proofpile", "data.corpora.c4_en.val_tokens=300",
@@ -86,6 +88,43 @@ def test_dry_run_and_refusals_of_the_door(place: Path, repository: Path, tmp_pat
     assert wrong.returncode == 2
     assert "did you mean tokens?" in wrong.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_training_is_told_the_weights_that_were_prepared(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And where it is not, says which weight is in the way: no preparation of that folder would help."""
+    from lightning_opt import data
+    from recipes.prepare_data import configuration, main
+
+    words = command(place, tmp_path / "my shards", "tokens=2000", f"data.root={place / 'hub'}")[3:]
+    assert main([*words, "data.weights.starcoder=0"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    told = ["data=dclm_starcoder_proofpile", f"data.path={tmp_path / 'my shards'}", "data.weights.starcoder=0"]
+    assert shlex.split(last.removeprefix("train on them: ")) == ["python", "train.py", *told]
+    data.check(configuration(told)["data"])
+    with pytest.raises(
+        ConfigError, match=r"data\.weights\.starcoder = 0\.0609: must be 0: the shards of .* without it"
+    ):
+        data.check(configuration(told[:2])["data"])
+
+
+def test_the_file_that_the_page_shows_is_a_whole_one(repository: Path, tmp_path: Path) -> None:
+    from lightning_opt import plan
+    from lightning_opt.data import orders
+    from lightning_opt.launch import Composer, compose_checked, plain_config
+
+    page = (repository / "docs" / "data.md").read_text().partition("### Another data set")[2]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.yaml").write_text(page.partition("```yaml\n")[2].partition("```")[0])
+    for name in ("train", "prepare"):
+        with Composer(name=name, extra=tmp_path) as composer:
+            config = plain_config(compose_checked(composer, ["data=mine"]))
+            ours = plain_config(compose_checked(composer, ["data=fineweb_edu"]))
+        assert config["data"].keys() == ours["data"].keys()
+        assert len(orders.asked(config["data"], 1e6)["corpora"]) == 3
+        if name == "train":
+            plan.check(config)
 
 
 def test_no_hub_is_a_failure_and_no_mistake(

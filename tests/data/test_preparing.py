@@ -129,7 +129,11 @@ def test_a_dry_run_writes_nothing_and_reckons_right(
         ({"corpora": {}}, r"data\.corpora = .*must name a corpus"),
         (
             {"corpora": {"dclm": {"repo": DCLM}}, "weights": None},
-            r"data\.corpora = \[dclm\]: must hold a corpus with val_tokens",
+            r"data\.corpora = \[dclm\]: must hold a corpus with val_tokens.* data\.corpora\.dclm\.val_fraction=0\.001$",
+        ),
+        (
+            {"corpora": {"dclm": {"repo": DCLM, "val_fraction": 0.1}, "proofpile": {"repo": PROOFPILE}}},
+            r"data\.weights\.starcoder = 0\.3: .*; data\.weights\.starcoder=0 leaves it out$",
         ),
         (
             {"corpora": {"dclm": {"repo": DCLM, "val_fraction": 0.7}}},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 from data_samples import make_texts, write_jsonl
 from prepare_samples import content, study
 
-from lightning_opt import data
-from lightning_opt.data import orders, preparing, units
+from lightning_opt import data, plan
+from lightning_opt.data import cached, orders, preparing, units
+from lightning_opt.data import tokenizer as t
 from lightning_opt.data.workforce import WorkerLost, Workforce
 from lightning_opt.plan import ConfigError, HubLost
 
@@ -106,6 +108,62 @@ def test_the_same_command_again_makes_what_is_damaged(
     alone = (shards / "proofpile" / "index.json").stat().st_ino == untouched
     assert alone == (harm is not remove_the_plan_and_a_corpus)
     assert not (shards / preparing.WORK).exists()
+
+
+def test_a_byte_that_changed_and_left_size_and_time_is_found(
+    copy_of_made: dict[str, Any], made: tuple[dict[str, Any], list], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training remembers large files by these two; the command reads them."""
+    monkeypatch.setattr(cached, "ALWAYS_READ_BYTES", 0)
+    shards = Path(copy_of_made["path"])
+    data.build(copy_of_made, seed=1)
+    times = (shards / "dclm" / "train-00000.bin").stat()
+    flip_a_byte(shards)
+    os.utime(shards / "dclm" / "train-00000.bin", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert preparing.prepare(copy_of_made, tokens=6000, processes=1) == made[1]
+    assert content(shards) == content(Path(made[0]["path"]))
+
+
+def test_training_refuses_a_part_of_what_was_prepared(
+    copy_of_made: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With weights null, the corpora that are there would be all; a repair that was stopped leaves this as well."""
+    config, shards = {**copy_of_made, "weights": None}, Path(copy_of_made["path"])
+    data.check(config)
+    remove_a_corpus(shards)
+    command = rf"python -m recipes\.prepare_data data={config['name']} data\.path={shards} tokens=6000$"
+    with pytest.raises(ConfigError, match=rf"but dclm is not there; make it again: {command}"):
+        data.check(config, tokens=9)
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, "_fill", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            preparing.prepare(copy_of_made, tokens=6000, processes=1)
+    with pytest.raises(ConfigError, match=rf"its preparation is not over; go on with it: {command}"):
+        data.check(config, tokens=9)
+    preparing.prepare(copy_of_made, tokens=6000, processes=1)
+    data.check(config)
+
+
+def test_a_model_that_is_trained_further_brings_its_ids(
+    made: tuple[dict[str, Any], list], tokenizer: Path, tmp_path: Path
+) -> None:
+    def check(model: Path) -> None:
+        whole = {"model": {"path": str(model)}, "data": made[0]}
+        data.check(plan.data_config(whole))
+
+    same, other, bare, ends = (tmp_path / name for name in ("same", "other", "bare", "ends"))
+    for folder in (same, other, bare, ends):
+        folder.mkdir()
+    shutil.copy(tokenizer, same)
+    shutil.copy(tokenizer, ends)
+    (ends / "tokenizer_config.json").write_text('{"eos_token": "a"}')
+    t.save_trained(t.train_tokenizer(["zebra zoo " * 50], 270), other)
+    check(same)
+    check(bare)
+    with pytest.raises(ConfigError, match=rf"data\.path = .*must hold the ids of {other}'s own tokenizer, but \d+ "):
+        check(other)
+    with pytest.raises(ConfigError, match=rf"must end documents by {ends}'s a, not by <\|endoftext\|>: data\.tok"):
+        check(ends)
 
 
 def test_a_repair_that_is_stopped_goes_on(

@@ -220,6 +220,24 @@ def refused(desk: Desk, capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return told
 
 
+def test_a_cut_file_and_a_folder_that_cannot_be_made_are_one_line_each(
+    desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (desk.folder / "taken").write_text("")
+    desk.out = desk.folder / "taken" / "scores"
+    told = refused(desk, capsys, "model=gold")
+    assert told.startswith("out = ")
+    assert ": must be a folder we can write to" in told
+    desk.out = desk.folder / "scores"
+    desk.out.mkdir()
+    (desk.out / "results.json").write_text('{"suite": "agents", "resul')
+    assert desk.run("model=gold") == 2
+    told = capsys.readouterr().err
+    assert told.startswith("out = ")
+    assert ": must be whole, and is cut or no JSON: delete it" in told
+    assert not desk.script.heard
+
+
 def test_without_tau2_there_is_one_clear_line(
     desk: Desk, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
