@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -128,10 +129,22 @@ def _records(path: Path) -> list[dict[str, Any]]:
         return []
 
 
+_RUN = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{8}(-\d+)?")
+
+
 def labels(names: Sequence[str]) -> list[str]:
-    """Names that tell models apart: the shortest ends of their paths that differ, numbered where even these agree."""
+    """Names that tell models apart: the shortest ends of their paths that differ, numbered where even these agree.
+
+    Of a run the time and hash that end its path are left out, or, where they tell runs apart, stand behind its name.
+    """
     parts = [Path(name).parts for name in names]
+    dated = [len(one) > 1 and bool(_RUN.fullmatch(one[-1])) for one in parts]
+    named = [one[:-1] if is_run else one for one, is_run in zip(parts, dated, strict=True)]
     depth = 1
+    if len({one[-1] for one in named}) == len(parts):
+        parts = named
+    elif any(dated):
+        depth = 2
     while depth < max(map(len, parts)) and len({one[-depth:] for one in parts}) < len(parts):
         depth += 1
     short = ["/".join(one[-depth:]) for one in parts]

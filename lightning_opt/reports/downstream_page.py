@@ -13,6 +13,7 @@ from lightning_opt.reports import quantities as q
 from lightning_opt.reports.commands import command
 from lightning_opt.reports.downstream import Difference, Judged, differences, labels, read_judged, tasks_of
 from lightning_opt.reports.page import Section, guarded, render
+from lightning_opt.reports.ranking import t_limit
 from lightning_opt.reports.scores import TITLES, listed
 from lightning_opt.reports.style import corpus_colour
 from lightning_opt.reports.tables import Table
@@ -232,7 +233,7 @@ def _interval(one: Difference, scale: float, digits: int) -> str:
         return "0, all alike"
     if one.stderr is None:
         return value
-    reach = 1.96 * one.stderr
+    reach = t_limit(one.n - 1) * one.stderr
     ends = [
         f"{scale * end:+.{digits}f}".replace("-", "\N{MINUS SIGN}") for end in (one.value - reach, one.value + reach)
     ]
