@@ -11,19 +11,24 @@ callbacks, the steadier figure where other work shares the machine; *share* is t
 
 With ``--experts`` a step is one of moe_nano on 8 x 256 random tokens, nothing else and no sleep, and *share* is of its
 processor time. Rates are so small that no weight and no bias moves: all kinds route the same tokens to the same
-experts, or the price of another load would be taken for that of a callback.
+experts, or the price of another load would be taken for that of a callback. Since steps vary by a tenth among
+themselves, a second table says what a difference of steps cannot: the time spent inside the callbacks' own code and in
+what listens to the routers, by the clock, as a share of the steps that hold it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
+import inspect
 import io
 import logging
 import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +41,7 @@ from benchmarks.record import Page, Table, keep, machine
 from benchmarks.train_loop import Handover
 from benchmarks.turns import Body, Spent, Turns, alternate, spread
 from lightning_opt import models
+from lightning_opt.anatomy.expert_traffic import ExpertTraffic
 from lightning_opt.callbacks import (
     ExpertBalance,
     ExpertLoadMonitor,
@@ -156,6 +162,60 @@ def of_experts(options: argparse.Namespace, steps: int, root: str) -> Table:
     return Table("What looks after experts, moe_nano, 8 x 256 tokens a step", rows, note)
 
 
+class Inside:
+    """Seconds that this thread spends in the methods of some classes, calls from one to another counted once."""
+
+    def __init__(self) -> None:
+        self.seconds, self._depth = 0.0, 0
+
+    @contextlib.contextmanager
+    def watching(self, classes: tuple[type, ...]) -> Iterator[None]:
+        """Wraps every method while it lasts."""
+        methods = [
+            (c, n, f) for c in classes for n, f in vars(c).items() if inspect.isfunction(f) and not n.startswith("__")
+        ]
+        for owner, name, method in methods:
+            setattr(owner, name, self._timed(method))
+        try:
+            yield
+        finally:
+            for owner, name, method in methods:
+                setattr(owner, name, method)
+
+    def _timed(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            since = time.perf_counter()
+            self._depth += 1
+            try:
+                return method(*args, **kwargs)
+            finally:
+                self._depth -= 1
+                if not self._depth:
+                    self.seconds += time.perf_counter() - since
+
+        return timed
+
+
+def own_time(options: argparse.Namespace, steps: int, root: str) -> Table:
+    """Of the monitor and of who moves the bias."""
+    rows = []
+    for kind, make in EXPERTS.items():
+        if kind == "without" or "RouterLosses" in kind:  # they stand around the training step itself
+            continue
+        inside, marks = Inside(), []
+        with inside.watching((ExpertTraffic, ExpertLoadMonitor, ExpertBalance)):
+            fit(Mixture, make(), steps, root)(lambda: marks.append((time.perf_counter(), inside.seconds)))  # noqa: B023
+        blocks = list(zip(marks[::BLOCK], marks[BLOCK::BLOCK], strict=False))[options.warm :]
+        wall, own = ([after[k] - before[k] for before, after in blocks] for k in (0, 1))
+        row = {"callbacks": kind, "own ms of a step": spread([seconds / BLOCK * 1e3 for seconds in own], 3)}
+        shares = [mine / whole for mine, whole in zip(own, wall, strict=True)]
+        rows.append({**row, "share": f"{statistics.median(shares):.2%}", "worst block": f"{max(shares):.2%}"})
+    return Table(
+        "Time inside their own code", rows, f"Median (10-90 %) over blocks of {BLOCK} steps, one of which logs."
+    )
+
+
 def compared(watched: list[Spent], bare: list[Spent], clock: str) -> dict[str, Any]:
     """Columns of a row; *share* is of a step's time by this clock."""
     pairs = list(zip(watched, bare, strict=True))
@@ -189,10 +249,11 @@ def main() -> None:
         logging.getLogger(noisy).setLevel(logging.ERROR)
     steps = (options.rounds + options.warm) * BLOCK + 1
     with tempfile.TemporaryDirectory() as root:
-        table = (of_experts if options.experts else all_together)(options, steps, root)
+        parts = (of_experts, own_time) if options.experts else (all_together,)
+        tables = [part(options, steps, root) for part in parts]
     about = "With and without by turns, ten steps at a time; see the module's text."
     suffix = f"{'-experts' if options.experts else ''}{'-quick' if options.quick else ''}"
-    keep(Page("callback_overhead", "What the callbacks cost", about, [table]), where, options.out, suffix=suffix)
+    keep(Page("callback_overhead", "What the callbacks cost", about, tables), where, options.out, suffix=suffix)
 
 
 if __name__ == "__main__":

@@ -255,6 +255,7 @@ def tuned_table(study: Study, name: str, source: str) -> str | None:
     return f"""\
 - source: {source}
   measured: ours
+  tokens: {study.tokens}
   always: {json.dumps(always).replace('"', "")}
   columns: [loss, optimizer.lr]
   cells:

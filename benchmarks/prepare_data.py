@@ -32,8 +32,9 @@ from benchmarks.record import Page, Table, keep, machine
 from benchmarks.turns import spread
 from lightning_opt.data import preparing
 from lightning_opt.data.embedded import make_corpora
-from lightning_opt.data.sources import read_documents, suffix_of
+from lightning_opt.data.text_files import read_documents, suffix_of
 from lightning_opt.data.tokenizer import find_eos, for_documents, save_trained, tokenizer_file, train_tokenizer
+from lightning_opt.plan import available_cpus
 
 FILES = 8
 
@@ -84,6 +85,7 @@ def mapped(rows: Any, tokenizer: Path, processes: int, place: Path) -> int:
     eos = encoder.token_to_id(find_eos(tokenizer))
 
     def encode(batch: dict[str, list]) -> dict[str, list]:
+        encoder.encode_special_tokens = True  # lost on the way to a worker
         encodings = encoder.encode_batch_fast(batch["text"], add_special_tokens=False)
         return {"ids": [[*encoding.ids, eos] for encoding in encodings]}
 
@@ -149,7 +151,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="2 MB, one round")
     parser.add_argument("--out", type=Path, default=None, help="folder (benchmarks/results)")
     args = parser.parse_args()
-    args.processes = args.processes or preparing.available_cpus()
+    args.processes = args.processes or available_cpus()
     args.rounds = args.rounds or (1 if args.quick else 5)
     megabytes = args.megabytes or (2 if args.quick else 60)
     where = machine()

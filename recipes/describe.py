@@ -21,8 +21,8 @@ import yaml
 
 from lightning_opt.optim.catalogue import OPTIMIZERS
 from lightning_opt.plan import ConfigError, TunedRecord, one_of, tuned_records
+from lightning_opt.plan.errors import show
 from lightning_opt.plan.rule_facts import TABLE
-from lightning_opt.plan.values import show
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf" / "optimizer"

@@ -11,9 +11,9 @@
 
 A run folder gets its evaluation/results.json, summary.json and report anew. Several PATHs, or --out, give a page that
 compares them task by task over the same documents (scores.html, scores.csv); a plain checkpoint's results lie beside
-it, in a folder of their own. Without --out one plain checkpoint's scores are only printed, and several go to
-runs/scores/TIME. Tasks: hellaswag, mmlu, humaneval, lambada_openai, openbookqa, winogrande, piqa, boolq, wsc273,
-arc_easy, arc_challenge, copa; "study" stands for the ten of the optimizer study, "all" for everything.
+it, in a folder of their own (NAME-xxxxxxxx, by its path). Without --out one plain checkpoint's scores are only
+printed, and several go to runs/scores/TIME. Tasks: hellaswag, mmlu, humaneval, lambada_openai, openbookqa, winogrande,
+piqa, boolq, wsc273, arc_easy, arc_challenge, copa; "study" stands for the ten of the optimizer study, "all" for all.
 Answers are kept on disk: a scoring that was stopped goes on where it was. Exits with 0 when every task of every model
 has a score, 1 when some have none, 2 for wrong input.
 """
@@ -23,147 +23,15 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_opt.evaluation.sources import SOURCES, TASKS, WORDS
-from lightning_opt.evaluation.suites import DEFAULTS, ENGINES, SUITES, hub_is_off, out_of_reach, resolve
+from lightning_opt.evaluation.suites import hub_is_off, out_of_reach, resolve
 from lightning_opt.plan import ConfigError
-
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
-
-
-@dataclass(frozen=True)
-class Model:
-    """One PATH.
-
-    Attributes:
-        path: as the user gave it.
-        folder: the checkpoint.
-        is_run: whether the path is a run folder.
-    """
-
-    path: Path
-    folder: Path
-    is_run: bool
-
-
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line, as described in the module's text."""
-    about, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m recipes.evaluate",
-        description=about,
-        epilog="examples:\n" + rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("paths", nargs="*", type=Path, metavar="PATH", help="run folder, or checkpoint folder (has config.json)")
-    add(
-        "--suite",
-        metavar="|".join(SUITES),
-        help="which sets (default: full with --data-dir or --tasks of it, else mini)",
-    )
-    add(
-        "--tasks",
-        metavar="A,B",
-        help=f"some of {','.join(SOURCES)}, or {', '.join(WORDS)} (default: {','.join(TASKS)})",
-    )
-    add("--data-dir", metavar="DIR", help="suite full: folder with the real sets (default: from the hub)")
-    add("--limit", type=int, metavar="N", help="documents per task (MMLU: in all)")
-    add("--batch-size", type=int, default=DEFAULTS["batch_size"], metavar="N", help="prompts of full context at once")
-    add("--max-gen-toks", type=int, metavar="N", help="tokens written per HumanEval problem")
-    add("--samples", type=int, default=1, metavar="N", help="programs per HumanEval problem; above 1 they are drawn")
-    add("--temperature", type=float, default=DEFAULTS["temperature"], help="of the draws (default: %(default)s)")
-    seconds = DEFAULTS["sandbox_seconds"]
-    add("--sandbox-seconds", type=float, default=seconds, metavar="S", help="of each program (default: %(default)s)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
-    add("--engine", default="hf", metavar="|".join(ENGINES), help="vllm for large models (default: hf)")
-    add("--engine-args", default="", metavar="K=V,...", help="vLLM's own, for example tensor_parallel_size=8")
-    add("--cache", type=Path, metavar="DIR", help="where answers are kept (default: your cache folder)")
-    add("--no-cache", action="store_true", help="keep no answers, and ask everything again")
-    add("--out", type=Path, metavar="DIR", help="the page, and the results of plain checkpoints")
-    add("--report-only", action="store_true", help="score nothing: draw the page from what run folders and --out hold")
-    add("--freeze", type=Path, metavar="DIR", help="fetch the sets of --tasks (default: all) from the hub into DIR")
-    add("--export-tasks", type=Path, metavar="DIR", help="write lm-eval task files for one PATH, do not score")
-    return parser.parse_args(arguments)
-
-
-def model_folder(path: Path) -> tuple[Path, bool]:
-    """The folder with the checkpoint, and whether `path` is a run folder.
-
-    Raises:
-        ConfigError: there is no checkpoint, or a part of it is missing.
-    """
-    for folder, is_run in ((path / "model", True), (path, False)):
-        if (folder / "config.json").is_file():
-            lacking = [
-                what
-                for what, patterns in (("weights", _WEIGHTS), ("a tokenizer", _TOKENIZERS))
-                if not any(next(folder.glob(pattern), None) for pattern in patterns)
-            ]
-            if lacking:
-                raise ConfigError("PATH", str(folder), f"must also hold {' and '.join(lacking)}")
-            return folder, is_run
-    if (path / "config.yaml").is_file():
-        raise ConfigError("PATH", str(path), "must be a run that is over: this run folder has no model/ yet")
-    expected = "must be a run folder with model/ or a Hugging Face checkpoint folder with config.json"
-    raise ConfigError("PATH", str(path), expected)
-
-
-def tasks(options: argparse.Namespace, default: str) -> list[str]:
-    """Names on the command line, words not yet spelled out."""
-    return [name.strip() for name in (options.tasks or default).split(",") if name.strip()]
-
-
-def settings(options: argparse.Namespace) -> dict[str, Any]:
-    """`config["evaluation"]` from the command line, checked."""
-    wanted = tasks(options, ",".join(TASKS))
-    real = options.data_dir is not None or any(name not in TASKS and name in {*SOURCES, *WORDS} for name in wanted)
-    config = {
-        "suite": options.suite or ("full" if real else "mini"),
-        "tasks": wanted,
-        "limit": options.limit,
-        "data_dir": options.data_dir,
-        "batch_size": options.batch_size,
-        "max_gen_toks": options.max_gen_toks,
-        "samples": options.samples,
-        "temperature": options.temperature,
-        "sandbox_seconds": options.sandbox_seconds,
-        "engine": options.engine,
-        "engine_args": engine_arguments(options.engine_args),
-        "cache": None if options.no_cache or options.engine == "vllm" else str(options.cache or cache_folder()),
-    }
-    return resolve(config)
-
-
-def engine_arguments(text: str) -> dict[str, Any]:
-    """`a=1,b=auto` as a mapping; values are JSON where they can be read as such.
-
-    Raises:
-        ConfigError: a part is not `name=value`.
-    """
-    found: dict[str, Any] = {}
-    for part in filter(None, text.split(",")):
-        name, sign, value = part.partition("=")
-        if not sign or not name.strip():
-            raise ConfigError("--engine-args", part, "must be name=value, several parted by commas")
-        try:
-            found[name.strip()] = json.loads(value)
-        except json.JSONDecodeError:
-            found[name.strip()] = value
-    return found
-
-
-def cache_folder() -> Path:
-    """Where answers are kept when nobody says where."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lightning_opt" / "answers"
+from recipes.evaluate_asked import Model, found_models, parse, settings, tasks
 
 
 def export(folder: Path, target: Path, config: dict[str, Any]) -> None:
@@ -290,25 +158,6 @@ def _four(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def found_models(options: argparse.Namespace) -> list[Model]:
-    """All PATHs; says of every one that will not do what is wrong, not only of the first.
-
-    Raises:
-        ConfigError: the last of several that were wrong; the others are printed.
-    """
-    models, wrong = [], []
-    for path in options.paths:
-        try:
-            models.append(Model(path, *model_folder(path)))
-        except ConfigError as error:
-            wrong.append(error)
-    for error in wrong[:-1]:
-        print(error, file=sys.stderr)
-    if wrong:
-        raise wrong[-1]
-    return models
-
-
 def run(options: argparse.Namespace) -> int:
     """Does what the command line says; 0, or 1 where a task of a model has no score."""
     if options.freeze is not None:
@@ -319,7 +168,7 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError("--out", str(options.out), "must be a folder")
     models = found_models(options)
     if options.report_only:
-        return compare(models, options.out, kept_only=True)
+        return compare(models, options.out)
     config = settings(options)
     if options.export_tasks is not None:
         if len(models) != 1 or config["suite"] == "none":
@@ -352,7 +201,7 @@ def score_all(models: list[Model], out: Path | None, config: dict[str, Any], dev
     scored, complete = [], True
     for model in models:
         with tempfile.TemporaryDirectory() as scratch:
-            place = results_of(model, models, out) or Path(scratch)
+            place = model.results_in(out or Path(scratch))
             try:
                 block = score(model.folder, place, config, device)
             except Exception as error:
@@ -362,7 +211,7 @@ def score_all(models: list[Model], out: Path | None, config: dict[str, Any], dev
                 print(f"{model.path}: {kind}{' '.join(str(error).split())}", file=sys.stderr)
                 complete = False
                 continue
-        if model.is_run:
+        if model.results is not None:
             refresh(model.path)
         show(str(model.path), block)
         missing = unscored(block)
@@ -371,40 +220,28 @@ def score_all(models: list[Model], out: Path | None, config: dict[str, Any], dev
     return scored, complete
 
 
-def results_of(model: Model, models: list[Model], out: Path | None) -> Path | None:
-    """Where a model's results lie: in the run folder, or for a plain checkpoint below `out`; None for nowhere."""
-    from lightning_opt.reports.downstream import labels
+def compare(models: list[Model], out: Path | None) -> int:
+    """Draws the page of these models, and prints where it is.
 
-    if model.is_run:
-        return model.path / "evaluation"
-    if out is None:
-        return None
-    named = dict(zip(models, labels([str(one.path) for one in models]), strict=True))
-    return out / "".join(letter if letter.isalnum() or letter in "-._" else "-" for letter in named[model])
-
-
-def compare(models: list[Model], out: Path | None, *, kept_only: bool = False) -> int:
-    """Draws the page of these models, and prints where it is."""
+    Raises:
+        ConfigError: there is no folder for it, or a model was not scored.
+    """
     if out is None:
         raise ConfigError("--out", None, "must name a folder for the page")
-    folders = [results_of(model, models, out) for model in models]
-    lacking = [
-        str(model.path)
-        for model, folder in zip(models, folders, strict=True)
-        if folder is None or not (folder / "results.json").is_file()
-    ]
-    if kept_only and lacking:
+    folders = {model: model.results_in(out) for model in models}
+    lacking = [str(model.path) for model, folder in folders.items() if not (folder / "results.json").is_file()]
+    if lacking:
         raise ConfigError("--report-only", ", ".join(lacking), "must have been scored before")
     from lightning_opt import reports  # matplotlib
 
-    reports.write_scores([str(model.path) for model in models], folders, out)
+    reports.write_scores([str(model.path) for model in models], [folders[model] for model in models], out)
     print(out / "scores.html")
     return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; 0 done, 1 something could not be had or scored, 2 wrong input."""
-    options = parse(arguments)
+    options = parse(__doc__ or "", arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("lightning_opt.evaluation").setLevel(logging.INFO)
     try:

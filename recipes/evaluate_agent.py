@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lightning_opt.evaluation.agents_settings import AgentSettings, parse_words
+from lightning_opt.evaluation.agents.settings import AgentSettings, parse_words
 from lightning_opt.plan import ConfigError
 
 

@@ -14,13 +14,15 @@ says what would be read, written and taken, and writes nothing. docs/data.md say
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_opt.plan import ConfigError, check_value
+from lightning_opt.plan import ConfigError, check_data_fields, check_value
 
 _NOT_KEPT = ("data.path=", "processes=", "dry_run=")  # what does not say how the shards of a folder came to be
+_OF_THE_MIXTURE = ("data.weights", "data.phases")  # what training has to be told again
 
 
 def configuration(lines: Sequence[str]) -> dict[str, Any]:
@@ -33,6 +35,7 @@ def configuration(lines: Sequence[str]) -> dict[str, Any]:
 
     with Composer(name="prepare") as composer:
         config = plain_config(compose_checked(composer, lines))
+    check_data_fields(config["data"])
     config["processes"] = check_value("prepare.processes", config["processes"], field="processes")
     return config
 
@@ -45,8 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("lightning_opt").setLevel(logging.INFO)
-    from lightning_opt.data.origins import HubLost
     from lightning_opt.data.workforce import WorkerLost
+    from lightning_opt.plan import HubLost
 
     try:
         words = ["dry_run=true" if word == "--dry-run" else word for word in arguments]
@@ -80,7 +83,9 @@ def _run(config: dict[str, Any], arguments: list[str]) -> None:
             f"{corpus.name}: {corpus.tokens['train']:,} training and {corpus.tokens['val']:,} validation tokens in "
             f"{sum(corpus.documents.values()):,} documents{removed * bool(corpus.removed)}{empty * bool(corpus.empty)}"
         )
-    print(f"train on them: python train.py data={config['data']['name']} data.path={config['data']['path']}")
+    words = [f"data={config['data']['name']}", f"data.path={config['data']['path']}"]
+    words += [word for word in arguments if word.lstrip("+~").startswith(_OF_THE_MIXTURE)]
+    print(f"train on them: {shlex.join(['python', 'train.py', *words])}")
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ from typing import Any
 
 from lightning_opt.job.signals import Terminated, terminable
 from lightning_opt.plan import ConfigError, closest, one_of
+from lightning_opt.plan.errors import show
 from lightning_opt.plan.secrets import guarding
-from lightning_opt.plan.values import show
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"

@@ -107,8 +107,8 @@ class ExpertLoadMonitor(ExpertCallback):
         if self._idle.shape != self._load.counts.shape:  # of another model, or of none yet
             self._idle = torch.zeros_like(self._load.counts)
             self._looks, self._newest, self._stride, self._seen = [], None, 1, 0
+            self._alarmed = set()
         self._idle = self._idle.to(pl_module.device)
-        self._alarmed = set()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Only now a resumed run knows its step."""
@@ -254,14 +254,16 @@ class ExpertLoadMonitor(ExpertCallback):
             checkpoint["callbacks"][self.state_key] = self.state_dict()
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain types: what was kept, and who is idle; empty for a model without experts."""
-        if (looks := self._all_looks()) == []:
+        """Tensors and plain types: what was kept, who is idle, what was raised; empty for a model without experts."""
+        if not self._idle.numel():
             return {}
+        looks = self._all_looks()
         return {
             "steps": [look.step for look in looks],
-            "counts": torch.stack([look.counts for look in looks]),
-            "norms": torch.stack([look.norms for look in looks]),
+            "counts": [look.counts for look in looks],
+            "norms": [look.norms for look in looks],
             "idle": self._idle.cpu().clone(),
+            "alarmed": sorted([reason, layer] for reason, layer in self._alarmed),
             "stride": self._stride,
             "seen": self._seen,
         }
@@ -272,7 +274,8 @@ class ExpertLoadMonitor(ExpertCallback):
             rows = zip(state_dict["steps"], state_dict["counts"], state_dict["norms"], strict=True)
             self._looks = [_Look(*row) for row in rows]
             self._stride, self._seen, self._idle = state_dict["stride"], state_dict["seen"], state_dict["idle"]
-            self._newest = self._looks[-1]
+            self._alarmed = {(reason, layer) for reason, layer in state_dict.get("alarmed", ())}
+            self._newest = self._looks[-1] if self._looks else None
             if (self._seen - 1) % self._stride and len(self._looks) > 1:  # it was there as the newest only
                 self._looks.pop()
 

@@ -288,6 +288,9 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 _UNSCALED = {**SCORES, "sigmoid": torch.sigmoid, "sqrtsoftplus": lambda logits: softplus(logits).sqrt()}
 
 
+_STRANGE = 0.05  # of a weight; bfloat16 rounds by under 0.004
+
+
 def usual(layer: ExpertLayer) -> str:
     """The `SCORES` of a router that does not show them: a correction bias and sigmoids mostly come together."""
     return "softmax" if layer.bias is None else "sigmoid"
@@ -307,8 +310,8 @@ def score_function(layer: ExpertLayer, logits: Tensor, chosen: Tensor, answers: 
         answers: of the router; the weights among them are (..., k), or (..., E) and 0 for who is not chosen.
 
     Returns:
-        A name; `usual` where no weights are told, or negative ones, or one expert's is always the same; None where
-        logits are all equal, so that it cannot be seen yet.
+        A name, with a warning where even the nearest is far off; `usual` where no weights are told, or negative ones,
+        or one expert's is always the same; None where logits are all equal, so that it cannot be seen yet.
     """
     experts, k = logits.shape[-1], chosen.shape[-1]
     logits, chosen = logits.reshape(-1, experts).float(), chosen.reshape(-1, k).long()
@@ -322,7 +325,13 @@ def score_function(layer: ExpertLayer, logits: Tensor, chosen: Tensor, answers: 
     off = {
         n: float((normalised(f(logits).gather(-1, chosen), along) - weights).abs().mean()) for n, f in _UNSCALED.items()
     }
-    return min(off, key=off.__getitem__) if max(off.values()) - min(off.values()) > 1e-7 else None
+    if max(off.values()) - min(off.values()) <= 1e-7:
+        return None
+    nearest = min(off, key=off.__getitem__)
+    if (gap := off[nearest] / float(weights.mean())) > _STRANGE:
+        what = "%s weighs its experts by none of %s (%.0f %% off the nearest): its balance loss takes %s"
+        log.warning(what, layer.name, ", ".join(SCORES), 100 * gap, nearest)
+    return nearest
 
 
 def _weights(answers: Any, logits: Tensor, chosen: Tensor) -> Tensor | None:

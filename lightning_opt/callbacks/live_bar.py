@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-from lightning_opt.callbacks.plain_lines import duration, number
+from lightning_opt.callbacks.plain_lines import number
+from lightning_opt.plan import duration
 
 BAR_WIDTH = 12
 ORDER = ("step", "percent", "loss", "val", "lr", "grad", "speed", "eta")

@@ -25,20 +25,6 @@ def quantity(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
 
 
-def duration(seconds: float) -> str:
-    """``42s``, ``1m02s``, ``3h05m``, ``2d04h``; below ten seconds with a decimal."""
-    if seconds < 9.95:
-        return f"{seconds:.1f}s"
-    total = round(seconds)
-    if total < 60:
-        return f"{total}s"
-    if total < 3600:
-        return f"{total // 60}m{total % 60:02d}s"
-    if total < 86400:
-        return f"{total // 3600}h{total % 3600 // 60:02d}m"
-    return f"{total // 86400}d{total % 86400 // 3600:02d}h"
-
-
 def _handlers() -> list[logging.Handler]:
     found: list[logging.Handler] = []
     current: logging.Logger | None = logger

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from lightning_opt.callbacks.batches import StepLoss, TokensPerBatch, count_tokens
 from lightning_opt.callbacks.live_bar import LiveBar
-from lightning_opt.callbacks.plain_lines import duration, log_line, number, quantity
+from lightning_opt.callbacks.plain_lines import log_line, number, quantity
 from lightning_opt.callbacks.telling import is_logged
-from lightning_opt.plan import ConfigError
+from lightning_opt.plan import ConfigError, duration
 
 FIRST_STEPS = 3  # not representative: compilation, cold caches
 RECENT = 50  # steps that speed and ETA look back on
@@ -27,7 +27,7 @@ REFRESH_S = 0.5  # of the live bar
 class Progress(ProgressBar):
     """A live bar on a terminal; elsewhere one plain line per interval. The same lines always go to the log.
 
-    ``step 120/800  15%  loss 4.812  val 4.9  lr 3.2e-03  grad 0.91  14.2k tok/s  ETA 1m02s``
+    ``step 120/800  15%  loss 4.812  val 4.9  lr 3.2e-03  grad 0.91  14.2k tok/s  ETA 1 min 02 s``
 
     - *loss* of that step (the mean over its micro-batches); *val*: last validation's; *lr* that the step used, of the
       group with the most parameters; *grad*: gradient norm before clipping, where the optimizer or `Stability` tells

@@ -1,8 +1,10 @@
-"""Where the random number generators of this process stand, as tensors and plain types."""
+"""Where the random number generators of this process stand, as tensors and plain types; and how they are left alone."""
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,20 @@ def set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+@contextlib.contextmanager
+def undisturbed(module: torch.nn.Module) -> Iterator[None]:
+    """Eval mode inside; train and eval modes and random states as before afterwards."""
+    modes = [(part, part.training) for part in module.modules()]
+    state = rng_state()
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+        set_rng_state(state)
 
 
 def of_all_ranks(value: Any, world_size: int) -> list[Any]:

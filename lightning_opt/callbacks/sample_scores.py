@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import nn
 
-from lightning_opt.callbacks.rng import rng_state, set_rng_state
+from lightning_opt.callbacks.rng import undisturbed
 from lightning_opt.callbacks.telling import tell
 from lightning_opt.plan import check_value
 
@@ -124,20 +124,6 @@ class SampleScores(pl.Callback):
         except Exception as error:
             log.debug("the scorer failed", exc_info=True)
             return {}, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-@contextlib.contextmanager
-def undisturbed(module: torch.nn.Module) -> Iterator[None]:
-    """Eval mode inside; modes and random states as before afterwards."""
-    modes = [(part, part.training) for part in module.modules()]
-    state = rng_state()
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
-        set_rng_state(state)
 
 
 @contextlib.contextmanager

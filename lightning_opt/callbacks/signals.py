@@ -107,7 +107,7 @@ class OptimizerSignals(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hooks into the optimizers; also after a resume."""
         self._unhook()
-        self._trainer, self._loss, self._share = trainer, StepLoss(), None
+        self._trainer, self._loss = trainer, StepLoss()
         self._history = self._history.to(pl_module.device)
         for optimizer in self._optimizers:
             optimizer.train()
@@ -257,6 +257,7 @@ class OptimizerSignals(pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Averaged weights are what is exported and scored."""
+        self._share = None
         for optimizer in self._optimizers:
             optimizer.eval()
 
@@ -273,15 +274,20 @@ class OptimizerSignals(pl.Callback):
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain types: the window."""
+        """Tensors and plain types: the window, and a share that waits to be told."""
         state = {"history": self._history.cpu().clone(), "count": self._count}
-        return state if self._norm is None else state | {"grad_norm": self._norm.cpu()}
+        if self._norm is not None:
+            state["grad_norm"] = self._norm.cpu()
+        if self._share is not None:
+            state["share"] = self._share.read().clone()
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from `state_dict`; a window of another length starts empty."""
         if state_dict["history"].shape == self._history.shape:
             self._history, self._count = state_dict["history"].clone(), state_dict["count"]
             self._norm = state_dict.get("grad_norm")
+        self._share = Later(state_dict["share"]) if "share" in state_dict else None
 
 
 def _due(optimizer: Any, step: int) -> dict[str, list[Tensor]]:

@@ -1,4 +1,4 @@
-"""Text in, shuffled token windows out: sources, tokenizer, shards, mixture, loader.
+"""Text in, shuffled token windows out: files, tokenizer, shards, mixture, loader.
 
 ``check`` needs no torch; ``build`` gives everything a run needs; ``loader`` makes batches of it.
 """
@@ -12,9 +12,10 @@ __getattr__, __dir__, __all__ = attach(
         "token_data": ["TokenData", "CorpusInfo", "build"],
         "batches": ["BatchLoader", "loader"],
         "mixture": ["Mixture", "ValidationWindows"],
-        "shards": ["Shards", "open_shards", "write_shards"],
+        "shards": ["Shards", "open_shards"],
+        "writing": ["write_shards"],
         "tokenizer": ["load_tokenizer", "token_bytes", "train_tokenizer"],
-        "sources": ["CorpusFiles", "discover", "read_documents"],
+        "text_files": ["CorpusFiles", "discover", "read_documents"],
         "embedded": ["make_corpora"],
     },
 )

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning_opt.data.cached import Damaged
-from lightning_opt.data.shards import RECORD, read_index
+from lightning_opt.data.shards import PLAN, RECORD, WORK, read_index
 from lightning_opt.data.shares import corpus_shares
-from lightning_opt.data.sources import discover
-from lightning_opt.data.tokenizer import find_eos, tokenizer_file
-from lightning_opt.plan import ConfigError, check_value, is_hub_id
+from lightning_opt.data.text_files import discover
+from lightning_opt.data.tokenizer import find_eos, tokenizer_file, vocabulary_of
+from lightning_opt.plan import ConfigError, HubLost, check_value, is_hub_id
+
+log = logging.getLogger("lightning_opt.data")
 
 EMBEDDED_CORPORA = ("code", "math", "prose")
 
@@ -52,12 +55,11 @@ def check(config: Mapping[str, Any], *, tokens: int | None = None) -> None:
 
 def prepare_command(config: Mapping[str, Any], tokens: int | None) -> str:
     """The command that makes the shards this config asks for, or, where some were made, makes them again."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        record = json.loads(Path(config["path"], RECORD).read_text(encoding="utf-8"))
-        if record["arguments"]:
-            words = [*record["arguments"], f"data.path={config['path']}"]
-            return shlex.join(["python", "-m", "recipes.prepare_data", *words])
-        tokens = record["settings"]["tokens"]
+    record = _record(config, RECORD) or _record(config, f"{WORK}/{PLAN}")
+    if record.get("arguments"):
+        words = [*record["arguments"], f"data.path={config['path']}"]
+        return shlex.join(["python", "-m", "recipes.prepare_data", *words])
+    tokens = record.get("settings", {}).get("tokens", tokens)
     words = ["python -m recipes.prepare_data", f"data={config.get('name')}"]
     if config.get("path"):
         words.append(f"data.path={config['path']}")
@@ -65,8 +67,21 @@ def prepare_command(config: Mapping[str, Any], tokens: int | None) -> str:
     return " ".join(words)
 
 
-def check_prepared(config: Mapping[str, Any], *, tokens: int | None = None) -> dict[str, Path]:
+def _record(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What a preparation left of itself in this file of the folder; empty where there is none."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        record = json.loads(Path(config.get("path"), name).read_text(encoding="utf-8"))
+        return record if isinstance(record, dict) else {}
+    return {}
+
+
+def check_prepared(config: Mapping[str, Any], *, tokens: int | None = None, ask_hub: bool = False) -> dict[str, Path]:
     """Finds the prepared shards: one sub-folder per corpus and ``tokenizer.json`` beside them.
+
+    Args:
+        config: ``config["data"]``.
+        tokens: how many the run will train on, for the prepare command's sake.
+        ask_hub: whether a model that is trained further, and named by its hub id, is asked for its tokenizer.
 
     Returns:
         Corpus -> folder, sorted; corpora without training tokens are for validation only.
@@ -78,7 +93,10 @@ def check_prepared(config: Mapping[str, Any], *, tokens: int | None = None) -> d
     path = config.get("path")
     if not path or not Path(path).is_dir():
         raise ConfigError("data.path", path, f"must be a folder of prepared shards; make them: {command}")
-    folder = Path(path)
+    folder, record = Path(path), _record(config, RECORD)
+    if (folder / WORK / PLAN).is_file():
+        problem = f"must be whole, but its preparation is not over; go on with it: {command}"
+        raise ConfigError("data.path", str(folder), problem)
     indexes = {}
     for entry in sorted(folder.iterdir()):
         if entry.is_dir() and not entry.name.startswith((".", "tokenizer")):
@@ -89,11 +107,17 @@ def check_prepared(config: Mapping[str, Any], *, tokens: int | None = None) -> d
                 raise ConfigError("data.path", str(folder), problem) from None
     if not indexes:
         raise ConfigError("data.path", str(folder), f"must hold prepared shards; make them: {command}")
+    if gone := [name for name in record.get("corpora", []) if name not in indexes]:
+        problem = f"must hold all that was prepared, but {', '.join(gone)} is not there; make it again: {command}"
+        raise ConfigError("data.path", str(folder), problem)
     if not (folder / "tokenizer.json").is_file():
         raise ConfigError("data.path", str(folder), f"must hold the shards' tokenizer.json; make it again: {command}")
     train = [name for name, index in indexes.items() if index["splits"]["train"]["tokens"]]
     weights = config.get("weights")
     for name in weights if isinstance(weights, Mapping) else []:
+        if record and weights[name] and name not in record.get("corpora", []):
+            why = f"must be 0: the shards of {folder} were prepared without it"
+            raise ConfigError(f"data.weights.{name}", weights[name], why)
         if name not in train and weights[name]:
             raise ConfigError("data.path", str(folder), f"must hold shards of corpus {name}; make them: {command}")
     corpus_shares(config, train)
@@ -101,4 +125,25 @@ def check_prepared(config: Mapping[str, Any], *, tokens: int | None = None) -> d
         raise ConfigError("data.path", str(folder), f"must hold validation shards (c4_en); make them: {command}")
     if len({index["tokenizer_sha256"] for index in indexes.values()}) > 1:
         raise ConfigError("data.path", str(folder), "must be shards of one tokenizer, but they differ")
+    model = (config.get("tokenizer") or {}).get("of_model")
+    if model and (ask_hub or not is_hub_id(model)):
+        _check_ids(folder, model, next(iter(indexes.values()))["eos"])
     return {name: folder / name for name in indexes}
+
+
+def _check_ids(folder: Path, model: str, eos: str) -> None:
+    """Refuses shards whose ids mean something else to the model; one without a tokenizer.json is taken as it is."""
+    try:
+        file = tokenizer_file(model)
+        own = find_eos(file)
+    except (ConfigError, HubLost) as error:
+        log.debug("%s: its tokenizer is not compared with that of the shards: %s", model, error)
+        return
+    known = vocabulary_of(file)
+    other = [token for token, number in vocabulary_of(folder / "tokenizer.json").items() if known.get(token) != number]
+    again = f"data.tokenizer.path={model}, and another data.path, when they are prepared"
+    if other:
+        what = f"must hold the ids of {model}'s own tokenizer, but {len(other):,} tokens have others ({other[0]!r})"
+        raise ConfigError("data.path", str(folder), f"{what}: {again}")
+    if own != eos:
+        raise ConfigError("data.path", str(folder), f"must end documents by {model}'s {own}, not by {eos}: {again}")

@@ -11,9 +11,7 @@ a column of labels may lie between.
 
 from __future__ import annotations
 
-import gzip
 import itertools
-import json
 import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -23,8 +21,9 @@ from typing import Any
 import numpy as np
 
 from lightning_opt.data.cached import file_digest
-from lightning_opt.data.sources import suffix_of
+from lightning_opt.data.text_files import suffix_of
 from lightning_opt.plan import ConfigError
+from lightning_opt.run_folder import read_json_lines
 
 WORDS = 13
 _WORD = re.compile(r"\w+")
@@ -177,8 +176,6 @@ def _items(file: Path) -> Iterator[Any]:
             for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=512):
                 yield from batch.to_pylist()
             return
-        opened = gzip.open if file.name.endswith(".gz") else open
-        with opened(file, "rt", encoding="utf-8") as lines:
-            yield from (json.loads(line) for line in lines if line.strip())
+        yield from read_json_lines(file)
     except (OSError, ValueError, EOFError) as error:
         raise ConfigError(_FIELD, str(file), f"must be readable, one JSON object per line ({error})") from None

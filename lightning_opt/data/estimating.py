@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_opt.data import orders
 from lightning_opt.data.orders import CorpusPlan
-from lightning_opt.data.preparing import available_cpus, check_target
-from lightning_opt.data.progress import amount, duration
+from lightning_opt.data.preparing import check_target
 from lightning_opt.data.shards import size_of, token_dtype
 from lightning_opt.data.tokenizer import for_documents
+from lightning_opt.plan import amount, available_cpus, duration
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_opt.data import origins, sources
+from lightning_opt.data import origins, text_files
 from lightning_opt.data.cached import replace_text
 from lightning_opt.data.decontamination import Ngrams, evaluation_files, identity
 from lightning_opt.data.origins import Origin
-from lightning_opt.data.shards import TokenizerFacts, size_of
+from lightning_opt.data.shards import PLAN, TokenizerFacts, size_of
 from lightning_opt.data.shares import corpus_shares
 from lightning_opt.data.tokenizer import (
     BESIDE,
@@ -38,7 +38,7 @@ log = logging.getLogger("lightning_opt.data")
 FORMAT = 2
 SPREAD_FILES = 64
 LEAST_QUOTA = 100_000
-PLAN, NGRAMS = "plan.json", "ngrams.npz"
+NGRAMS = "ngrams.npz"
 _SAMPLED_FILES = 8
 _ENTRY = ("repo", "path", "revision", "files", "column", "val_tokens", "val_fraction")
 
@@ -127,7 +127,8 @@ def asked(config: Mapping[str, Any], tokens: Any) -> dict[str, Any]:
         raise ConfigError("data.corpora", config.get("corpora"), "must name a corpus, {web: {repo: OWNER/NAME}}")
     if len(train) == len(corpora) and not any(entry["val_fraction"] for entry in corpora.values()):
         how = "must hold a corpus with val_tokens, or one with a val_fraction: training needs validation text"
-        raise ConfigError("data.corpora", list(corpora), how)
+        example = f"data.corpora.{train[0]}.val_fraction=0.001"
+        raise ConfigError("data.corpora", list(corpora), f"{how}, for example {example}")
     tokenizer = config.get("tokenizer") or {}
     if not tokenizer.get("path") and check_value("data.tokenizer.vocab_size", tokenizer.get("vocab_size")) is None:
         how = "must be a number where data.tokenizer.path is null: a tokenizer is then trained on the text"
@@ -168,7 +169,7 @@ def _entry(name: str, entry: Any) -> dict[str, Any]:
     for key in entry:
         if key not in _ENTRY:
             raise ConfigError(f"{field}.{key}", entry[key], f"is no field of a corpus; it has {', '.join(_ENTRY)}")
-    patterns = entry.get("files") or [f"*{suffix}" for suffix in sources.SUFFIXES]
+    patterns = entry.get("files") or [f"*{suffix}" for suffix in text_files.SUFFIXES]
     return {
         "repo": entry.get("repo"),
         "path": entry.get("path"),
@@ -287,7 +288,7 @@ def _sample(settings: Mapping[str, Any], corpora: list[CorpusPlan]) -> Iterator[
         for name, size in files if corpus.split == "train" else ():
             room = total * settings["weights"][corpus.name] / len(files)
             for text in first_documents(corpus, name, size):
-                if sources.draw(text) >= corpus.val_fraction:
+                if text_files.draw(text) >= corpus.val_fraction:
                     room -= len(text.encode("utf-8"))
                     yield text
                 if room <= 0:
@@ -296,8 +297,8 @@ def _sample(settings: Mapping[str, Any], corpora: list[CorpusPlan]) -> Iterator[
 
 def first_documents(corpus: CorpusPlan, name: str, size: int, on_bytes: Any = None) -> Iterator[str]:
     """The documents of one of its files from the start on."""
-    suffix = sources.suffix_of(Path(name))
+    suffix = text_files.suffix_of(Path(name))
     assert suffix
-    reading = sources.Reading(name, suffix, corpus.origin.field, corpus.column, on_bytes=on_bytes)
+    reading = text_files.Reading(name, suffix, corpus.origin.field, corpus.column, on_bytes=on_bytes)
     with corpus.origin.open(name, size) as raw:
         yield from filter(None, reading.rows(raw))

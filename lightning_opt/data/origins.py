@@ -17,15 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from lightning_opt.data.sources import SUFFIXES, suffix_of
-from lightning_opt.plan import ConfigError
+from lightning_opt.data.text_files import SUFFIXES, suffix_of
+from lightning_opt.plan import ConfigError, hub_said
 
 TRIES_AT_START, TRIES = 2, 8
 BLOCK_BYTES = 4 * 2**20
-
-
-class HubLost(RuntimeError):
-    """The hub could not be reached, or gave up on us, after all tries; asking again later may help."""
 
 
 @dataclass(frozen=True)
@@ -130,19 +126,6 @@ def in_reading_order(listed: Sequence[tuple[str, int]]) -> list[tuple[str, int]]
     return sorted(listed, key=key)
 
 
-def gated(field: str, kind: str, name: str) -> ConfigError:
-    """What is said where the hub knows us not, or not well enough.
-
-    Args:
-        field: the config field.
-        kind: ``datasets`` for a data set, empty for a model: the part of its page's address.
-        name: on the hub.
-    """
-    page = "/".join(part for part in ("https://huggingface.co", kind, name) if part)
-    how = f"accept its terms at {page}, then `hf auth login` (or set HF_TOKEN) and repeat the command"
-    return ConfigError(field, name, f"must be open to you: it is gated or private; {how}")
-
-
 def _tree(origin: Origin) -> list[tuple[str, int]]:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
@@ -168,22 +151,10 @@ def _get(field: str, repo: str, url: str, tries: int, **headers: str) -> Any:
     return response
 
 
-def _said(field: str, repo: str, error: Exception) -> ConfigError | HubLost:
-    """The hub's refusals in one line each; anything that is none of them goes on as it is."""
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
-
-    if isinstance(error, GatedRepoError):
-        return gated(field, "datasets", repo)
-    if isinstance(error, RepositoryNotFoundError):
-        how = "`hf auth login` (or set HF_TOKEN) if it is private"
-        return ConfigError(field, repo, f"must be a data set on the hub; {how}")
-    if isinstance(error, RevisionNotFoundError):
-        return ConfigError(f"{field}.revision", repo, "must be a branch, tag or commit of that data set")
-    if isinstance(error, HfHubHTTPError | OSError) or type(error).__module__.startswith("httpx"):  # or httpx2
-        why = " ".join(str(error).split())[:200]
-        how = "a downloaded copy can stand for the hub: data.root=FOLDER"
-        return HubLost(f"{field} = {repo}: the hub gave up on us ({why}); {how}")
-    raise error
+def _said(field: str, repo: str, error: Exception) -> Exception:
+    """What the hub meant; anything that is no word of the hub's goes on as it is."""
+    instead = "a downloaded copy can stand for the hub: data.root=FOLDER"
+    return hub_said(field, "datasets", repo, error, instead) or error
 
 
 class _Ranges(io.RawIOBase):

@@ -21,18 +21,17 @@ from typing import Any
 import filelock
 
 from lightning_opt.data import finishing, orders
-from lightning_opt.data.cached import VERIFIED, Damaged, file_digest, fingerprint, replace_text, verify
+from lightning_opt.data.cached import Damaged, file_digest, fingerprint, replace_text, verify
+from lightning_opt.data.meter import Meter
 from lightning_opt.data.orders import CorpusPlan, Plan
-from lightning_opt.data.progress import progress
-from lightning_opt.data.shards import RECORD, read_index
+from lightning_opt.data.shards import RECORD, WORK, read_index
 from lightning_opt.data.tokenizer import BESIDE, TOKENIZER
 from lightning_opt.data.units import Progress, Unit, progress_of
 from lightning_opt.data.workforce import Kit, Workforce
-from lightning_opt.plan import ConfigError
+from lightning_opt.plan import ConfigError, available_cpus
 
 log = logging.getLogger("lightning_opt.data")
 
-WORK = ".preparing"
 _COUNTED = ("tokens", "documents")
 
 
@@ -113,11 +112,6 @@ def check_target(target: Path, settings: dict[str, Any]) -> dict[str, Any] | Non
     return record
 
 
-def available_cpus() -> int:
-    """The CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @contextmanager
 def _alone(target: Path) -> Iterator[None]:
     try:
@@ -140,8 +134,7 @@ def _alone(target: Path) -> Iterator[None]:
 
 def _is_whole(target: Path, record: dict[str, Any], config: Mapping[str, Any]) -> bool:
     """Whether all is as it was written; if not, all that is not is cleared away, to be made by the plan of then."""
-    memory = Path(config["cache_dir"], VERIFIED) if config.get("cache_dir") else None
-    damaged = [name for name in record["corpora"] if _is_damaged(target / name, memory)]
+    damaged = [name for name in record["corpora"] if _is_damaged(target / name)]
     tokenizer = (target / TOKENIZER).is_file() and file_digest(target / TOKENIZER) == record["tokenizer_sha256"]
     if not damaged and tokenizer:
         return True
@@ -166,10 +159,10 @@ def _is_whole(target: Path, record: dict[str, Any], config: Mapping[str, Any]) -
     return False
 
 
-def _is_damaged(folder: Path, memory: Path | None) -> bool:
+def _is_damaged(folder: Path) -> bool:
     try:
         read_index(folder)
-        verify(folder, memory)
+        verify(folder)  # without a memory: a byte may change and leave size and time as they were
     except Damaged as damage:
         log.warning("%s: made again", damage)
         return True
@@ -294,7 +287,7 @@ def _fill(corpora: dict[str, _Corpus], plan: Plan, processes: int) -> None:
     total = sum(corpus.plan.goal for corpus in corpora.values())
     begun = sum(progress_of(unit).tokens[unit.split] for unit in ready)
     with (
-        progress("preparing", total, unit="tokens", done=total - _missing(corpora) + begun) as advance,
+        Meter("preparing", total, unit="tokens", done=total - _missing(corpora) + begun) as meter,
         Workforce(workers, kit) as workforce,
     ):
         while True:
@@ -303,7 +296,7 @@ def _fill(corpora: dict[str, _Corpus], plan: Plan, processes: int) -> None:
             if not workforce.is_busy:
                 return
             for unit, tokens, over in workforce.reports():
-                advance(tokens)
+                meter.advance(tokens)
                 if over:
                     by_folder[unit.folder].report(unit, over)
 

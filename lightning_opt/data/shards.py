@@ -18,13 +18,10 @@ from __future__ import annotations
 import bisect
 import itertools
 import json
-import logging
-from array import array
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -33,18 +30,21 @@ from lightning_opt.data.cached import MANIFEST, Damaged
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-log = logging.getLogger("lightning_opt.data")
-
 FORMAT = 1
+SPLITS = ("train", "val")
 INDEX = "index.json"
 RECORD = "preparation.json"  # beside the corpus folders: what `recipes.prepare_data` was asked for
-PART_TOKENS = 2**28
-_BATCH_CHARACTERS = 1_000_000
+PLAN, WORK = "plan.json", ".preparing"  # its plan, which lies in WORK until all is made
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
     """uint16 while every id fits, else uint32."""
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+
+
+def part_file(folder: Path, split: str, number: int) -> Path:
+    """The file of one part of a split's tokens."""
+    return folder / f"{split}-{number:05d}.bin"
 
 
 def size_of(tokenizer: Tokenizer) -> int:
@@ -134,155 +134,6 @@ class Shards:
         return np.load(self.folder / f"{split}.npy", mmap_mode="r")
 
 
-def unigram_entropies(train_counts: np.ndarray, val_counts: np.ndarray) -> tuple[float | None, float | None]:
-    """(cross-entropy of val under train with add-one smoothing, entropy of val's own distribution), nats per token.
-
-    Args:
-        train_counts: (vocab,) how often each token occurs in training.
-        val_counts: (vocab,) the same in validation.
-    """
-    total = val_counts.sum()
-    if total == 0:
-        return None, None
-    share = val_counts / total
-    seen = share > 0
-    own = float(-(share[seen] * np.log(share[seen])).sum())
-    if train_counts.sum() == 0:
-        return own, own
-    smoothed = (train_counts + 1.0) / (train_counts.sum() + len(train_counts))
-    return float(-(share[seen] * np.log(smoothed[seen])).sum()), own
-
-
-class _SplitWriter:
-    """Appends documents of one split; closes with the numbers for the index."""
-
-    def __init__(self, folder: Path, split: str, vocab_size: int, part_tokens: int) -> None:
-        self.folder, self.split, self.part_tokens = folder, split, part_tokens
-        self.dtype = token_dtype(vocab_size)
-        self.counts = np.zeros(vocab_size, dtype=np.int64)
-        self.starts = array("q", [0])
-        self.bytes = 0
-        self.lengths: list[int] = []
-        self._file: IO[bytes] | None = None
-
-    def add(self, documents: list[tuple[list[int], int]]) -> None:
-        """Appends documents, each as (token ids with the end, bytes of text)."""
-        if not documents:
-            return
-        tokens = np.concatenate([np.asarray(ids, dtype=self.dtype) for ids, _ in documents])
-        self.counts += np.bincount(tokens, minlength=len(self.counts))
-        for ids, text_bytes in documents:
-            self.starts.append(self.starts[-1] + len(ids))
-            self.bytes += text_bytes
-        while len(tokens):
-            if self._file is None or self.lengths[-1] >= self.part_tokens:
-                self._next_part()
-            room = self.part_tokens - self.lengths[-1]
-            tokens[:room].tofile(self._file)
-            self.lengths[-1] += len(tokens[:room])
-            tokens = tokens[room:]
-
-    def _next_part(self) -> None:
-        if self._file:
-            self._file.close()
-        self._file = (self.folder / f"{self.split}-{len(self.lengths):05d}.bin").open("wb")
-        self.lengths.append(0)
-
-    def close(self) -> dict:
-        if self._file:
-            self._file.close()
-        np.save(self.folder / f"{self.split}.npy", np.asarray(self.starts, dtype=np.int64))
-        documents = len(self.starts) - 1
-        return {"tokens": self.starts[-1], "documents": documents, "bytes": self.bytes, "parts": self.lengths}
-
-
-def write_shards(
-    folder: Path,
-    name: str,
-    documents: Iterable[tuple[str, str]],
-    tokenizer: Tokenizer,
-    *,
-    eos: str,
-    tokenizer_sha256: str,
-    on_tokens: Callable[[int], None] | None = None,
-    part_tokens: int = PART_TOKENS,
-) -> None:
-    """Tokenises documents into an empty folder (see the layout above; the manifest is left to ``cached.seal``).
-
-    Args:
-        folder: exists and is empty.
-        name: the corpus.
-        documents: pairs (``train`` or ``val``, text), consumed once, in bounded memory.
-        tokenizer: what ``tokenizer.for_documents`` gives.
-        eos: the token that ends every document.
-        tokenizer_sha256: recorded, so that shards of another tokenizer are noticed.
-        on_tokens: told how many tokens each batch added.
-        part_tokens: tokens per .bin file.
-    """
-    eos_id, vocab_size = tokenizer.token_to_id(eos), size_of(tokenizer)
-    writers = {split: _SplitWriter(folder, split, vocab_size, part_tokens) for split in ("train", "val")}
-    for batch in _batches(documents):
-        encodings = tokenizer.encode_batch_fast([text for _, text in batch], add_special_tokens=False)
-        for split, writer in writers.items():
-            pairs = [pair for pair in zip(batch, encodings, strict=True) if pair[0][0] == split]
-            writer.add([([*encoding.ids, eos_id], len(text.encode("utf-8"))) for (_, text), encoding in pairs])
-        if on_tokens:
-            on_tokens(sum(len(encoding.ids) + 1 for encoding in encodings))
-    splits = {split: writer.close() for split, writer in writers.items()}
-    write_index(
-        folder,
-        name,
-        TokenizerFacts(tokenizer_sha256, eos, eos_id, vocab_size),
-        splits,
-        {split: writer.counts for split, writer in writers.items()},
-    )
-
-
-def write_index(
-    folder: Path,
-    name: str,
-    tokenizer: TokenizerFacts,
-    splits: dict[str, dict],
-    counts: dict[str, np.ndarray],
-    **more: object,
-) -> None:
-    """Writes ``index.json`` of a corpus folder.
-
-    Args:
-        folder: holds everything else of the layout above, but the manifest.
-        name: the corpus.
-        tokenizer: what wrote the tokens.
-        splits: ``train`` and ``val`` -> tokens, documents, bytes, and ``parts``: tokens of each .bin file.
-        counts: ``train`` and ``val`` -> (vocab,) how often each token occurs.
-        more: what else is recorded.
-    """
-    entropy, own = unigram_entropies(counts["train"], counts["val"])
-    index = {
-        "format": FORMAT,
-        "corpus": name,
-        **asdict(tokenizer),
-        "dtype": tokenizer.dtype.name,
-        "splits": splits,
-        "unigram_entropy": entropy,
-        "val_entropy": own,
-        **more,
-    }
-    (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
-
-
-def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    batch: list[tuple[str, str]] = []
-    size = 0
-    for split, text in documents:
-        batch.append((split, text))
-        size += len(text)
-        if size >= _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
 def read_index(folder: Path) -> dict:
     """The index of a corpus folder, with the size of every part checked against it (cheap: no file is read).
 
@@ -295,18 +146,17 @@ def read_index(folder: Path) -> dict:
             raise Damaged(f"{folder.name}/{INDEX} has format {index['format']}, this version reads {FORMAT}")
         itemsize = np.dtype(index["dtype"]).itemsize
         sizes = {
-            f"{split}-{part:05d}.bin": length * itemsize
+            part_file(folder, split, part): length * itemsize
             for split, entry in index["splits"].items()
             for part, length in enumerate(entry["parts"])
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise Damaged(f"{folder.name}/{INDEX} is missing or unreadable") from None
-    for name, size in sizes.items():
-        path = folder / name
+    for path, size in sizes.items():
         if not path.is_file():
-            raise Damaged(f"{folder.name}/{name} is missing")
+            raise Damaged(f"{folder.name}/{path.name} is missing")
         if path.stat().st_size != size:
-            raise Damaged(f"{folder.name}/{name} has {path.stat().st_size} bytes, the index says {size}")
+            raise Damaged(f"{folder.name}/{path.name} has {path.stat().st_size} bytes, the index says {size}")
     return index
 
 
@@ -319,7 +169,7 @@ def open_shards(folder: Path) -> Shards:
     index = read_index(folder)
     streams = {}
     for split, entry in index["splits"].items():
-        parts = [folder / f"{split}-{part:05d}.bin" for part in range(len(entry["parts"]))]
+        parts = [part_file(folder, split, part) for part in range(len(entry["parts"]))]
         streams[split] = TokenStream(parts, entry["parts"], index["dtype"])
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))

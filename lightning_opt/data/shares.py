@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from lightning_opt.data.sources import check_weights
+from lightning_opt.data.text_files import check_weights
 from lightning_opt.plan import data_phases
 
 

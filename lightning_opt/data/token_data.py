@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_opt.data import cached, checks, embedded, sources
+from lightning_opt.data import cached, checks, embedded, text_files
 from lightning_opt.data.cached import Damaged
+from lightning_opt.data.meter import Meter
 from lightning_opt.data.mixture import Mixture, ValidationWindows, windows_of
-from lightning_opt.data.progress import progress
-from lightning_opt.data.shards import Shards, open_shards, write_shards
+from lightning_opt.data.shards import Shards, open_shards
 from lightning_opt.data.shares import CorpusShares, corpus_shares
-from lightning_opt.data.sources import CorpusFiles
+from lightning_opt.data.text_files import CorpusFiles
 from lightning_opt.data.tokenizer import (
     END_OF_TEXT,
     SAMPLE_BYTES,
@@ -30,6 +30,7 @@ from lightning_opt.data.tokenizer import (
     tokenizer_hash,
     train_tokenizer,
 )
+from lightning_opt.data.writing import write_shards
 from lightning_opt.plan import ConfigError, data_phases
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def _cache(config: Mapping[str, Any]) -> Path:
 
 def _text_files(config: Mapping[str, Any]) -> dict[str, CorpusFiles]:
     if config["source"] == "files":
-        return sources.discover(config["path"])
+        return text_files.discover(config["path"])
 
     fraction = config.get("val_fraction", 0.02)
 
@@ -135,7 +136,7 @@ def _text_files(config: Mapping[str, Any]) -> dict[str, CorpusFiles]:
         embedded.make_corpora(folder, fraction)
 
     key = cached.fingerprint(embedded.identity(), fraction)
-    return sources.discover(cached.folder_made_once(_cache(config), f"embedded-{key[:16]}", make))
+    return text_files.discover(cached.folder_made_once(_cache(config), f"embedded-{key[:16]}", make))
 
 
 def _hashes(found: Mapping[str, CorpusFiles], cache: Path) -> dict[str, list]:
@@ -144,7 +145,7 @@ def _hashes(found: Mapping[str, CorpusFiles], cache: Path) -> dict[str, list]:
     hashes: dict[str, list] = {name: [] for name in found}
     digests = cached.content_hashes([path for _, _, path in files], cache / "sources.json")
     for (name, split, path), digest in zip(files, digests, strict=True):
-        hashes[name].append([split, sources.suffix_of(path), digest])
+        hashes[name].append([split, text_files.suffix_of(path), digest])
     return hashes
 
 
@@ -178,10 +179,10 @@ def _sample(found: Mapping[str, CorpusFiles], weights: Mapping[str, float], frac
         total = sum(path.stat().st_size for path in corpus.train)
         for path in corpus.train:
             room = SAMPLE_BYTES * weights[corpus.name] * path.stat().st_size / max(total, 1)
-            for text in sources.read_documents(path):
+            for text in text_files.read_documents(path):
                 if room <= 0:
                     break
-                if corpus.val or sources.draw(text) >= fraction:
+                if corpus.val or text_files.draw(text) >= fraction:
                     room -= len(text.encode("utf-8"))
                     yield text
 
@@ -192,8 +193,8 @@ def _shards(config: Mapping[str, Any], corpus: CorpusFiles, hashes: list, file: 
 
     def make(folder: Path) -> None:
         size = sum(path.stat().st_size for path in [*corpus.train, *corpus.val])
-        with progress(f"tokenising {corpus.name}", size) as advance:
-            documents = _split_documents(corpus, fraction, advance)
+        with Meter(f"tokenising {corpus.name}", size, unit="B") as meter:
+            documents = _split_documents(corpus, fraction, meter.advance)
             write_shards(folder, corpus.name, documents, for_documents(file), eos=eos, tokenizer_sha256=sha)
 
     key = cached.fingerprint("shards", 1, hashes, sha, None if corpus.val else fraction)
@@ -217,21 +218,21 @@ def _split_documents(corpus: CorpusFiles, fraction: float, advance: Callable[[in
     lowest, drawn = 1.0, bool(corpus.val)
     if not drawn:
         for path in corpus.train:
-            for text in sources.read_documents(path):
-                lowest = min(lowest, sources.draw(text))
+            for text in text_files.read_documents(path):
+                lowest = min(lowest, text_files.draw(text))
                 if lowest < fraction:
                     break
     bound = 0.0 if drawn else max(fraction, math.nextafter(lowest, 2.0))
     for path in corpus.train:
-        for text in sources.read_documents(path, on_bytes=advance):
-            yield "val" if sources.draw(text) < bound else "train", text
+        for text in text_files.read_documents(path, on_bytes=advance):
+            yield "val" if text_files.draw(text) < bound else "train", text
     for path in corpus.val:
-        for text in sources.read_documents(path, on_bytes=advance):
+        for text in text_files.read_documents(path, on_bytes=advance):
             yield "val", text
 
 
 def _prepared(config: Mapping[str, Any]) -> tuple[Path, str, list[Shards]]:
-    folders = checks.check_prepared(config)
+    folders = checks.check_prepared(config, ask_hub=True)
     file = Path(config["path"]) / "tokenizer.json"
     corpora = []
     for folder in folders.values():

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_opt.data.origins import gated
-from lightning_opt.plan import ConfigError, check_value, is_hub_id
+from lightning_opt.plan import ConfigError, check_value, hub_said, is_hub_id
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -71,7 +70,8 @@ def tokenizer_file(path: str | Path) -> Path:
     """The ``tokenizer.json`` that ``data.tokenizer.path`` means: the file itself, or that of a folder or a hub id.
 
     Raises:
-        ConfigError: there is none, or the hub cannot be reached and has not been asked before.
+        ConfigError: there is none.
+        HubLost: the hub does not answer, and has not been asked before.
     """
     if is_hub_id(str(path)):
         return _from_hub(str(path))
@@ -85,19 +85,18 @@ def tokenizer_file(path: str | Path) -> Path:
 def _from_hub(name: str) -> Path:
     """Fetches a hub model's tokenizer into the hub's own cache, with the small files beside it that name its tokens."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError
+    from huggingface_hub.errors import EntryNotFoundError
 
     try:
         file = Path(hf_hub_download(name, "tokenizer.json"))
         for beside in BESIDE:
             with contextlib.suppress(EntryNotFoundError):  # not every model has them
                 hf_hub_download(name, beside)
-    except GatedRepoError:
-        raise gated("data.tokenizer.path", "", name) from None
-    except (OSError, ValueError) as error:
-        why = str(error).strip().splitlines()[0]
-        expected = f"must be a folder here or a model within reach on the hub, which says: {why}"
-        raise ConfigError("data.tokenizer.path", name, expected) from None
+    except Exception as error:
+        instead = "a folder with its tokenizer.json can stand for it: data.tokenizer.path=FOLDER"
+        if said := hub_said("data.tokenizer.path", "", name, error, instead):
+            raise said from None
+        raise
     return file
 
 
@@ -133,6 +132,15 @@ def find_eos(file: Path, asked: str | None = None) -> str:
             return token
     how = "e.g. data.tokenizer.eos='</s>'"
     raise ConfigError("data.tokenizer.eos", None, f"must name the end-of-text token of {file.name}, {how}")
+
+
+def vocabulary_of(file: Path) -> dict[str, int]:
+    """Token to id, added tokens too, of a file of which `find_eos` knows that it is a tokenizer's."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    if not isinstance(vocabulary, dict):
+        vocabulary = {entry[0]: number for number, entry in enumerate(vocabulary)}
+    return vocabulary | {token["content"]: token["id"] for token in content.get("added_tokens") or []}
 
 
 def load_tokenizer(path: str | Path, eos: str | None = None) -> PreTrainedTokenizerFast:

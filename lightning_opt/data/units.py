@@ -13,10 +13,9 @@ was cut, nor on how many processes did it.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -26,15 +25,14 @@ import numpy as np
 from lightning_opt.data.cached import replace_text
 from lightning_opt.data.decontamination import Ngrams
 from lightning_opt.data.origins import Origin
-from lightning_opt.data.shards import TokenizerFacts
-from lightning_opt.data.sources import Reading, draw, suffix_of
+from lightning_opt.data.shards import SPLITS, TokenizerFacts
+from lightning_opt.data.text_files import Reading, draw, suffix_of
+from lightning_opt.data.writing import LENGTHS_BYTES, Output, batches
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-SPLITS = ("train", "val")
 CHECKPOINT_TOKENS = 2**21
-_BATCH_CHARACTERS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -138,36 +136,37 @@ class Writer:
         if not _is_there(unit, progress, self._facts.dtype):
             progress = Progress(unit.first_row)
         with contextlib.ExitStack() as stack:
-            outputs = {split: _Output(unit, split, progress, self._facts.dtype, stack) for split in SPLITS}
+            streams = {split: _streams(unit, split, progress, self._facts.dtype, stack) for split in SPLITS}
+            outputs = {split: Output(*pair, self._facts) for split, pair in streams.items()}
+            files = [file for pair in streams.values() for file in pair]
             raw = stack.enter_context(unit.origin.open(unit.file, unit.size))
             suffix = suffix_of(Path(unit.file))
             assert suffix
             reading = Reading(unit.file, suffix, unit.origin.field, unit.column, skip=progress.row)
             written = sum(progress.tokens.values())
-            for row, batch in _batches(reading.rows(raw), progress.row):
+            for batch in batches(enumerate(reading.rows(raw), progress.row + 1)):
                 before = progress.tokens[unit.split]
-                progress.done = self._add(unit, progress, outputs, batch)
+                progress.done = self._add(unit, progress, outputs, [(row, text) for row, text in batch if text])
                 self._on_tokens(progress.tokens[unit.split] - before)
                 if progress.done:
                     break
-                progress.row = row
+                progress.row, _ = batch[-1]
                 if sum(progress.tokens.values()) - written >= self._checkpoint_tokens:
-                    _write_down(unit, progress, outputs)
+                    _write_down(unit, progress, files)
                     written = sum(progress.tokens.values())
             else:
                 progress.done = progress.exhausted = True
-            _write_down(unit, progress, outputs)
+            _write_down(unit, progress, files)
         return progress
 
-    def _add(self, unit: Unit, progress: Progress, outputs: dict[str, _Output], batch: list[tuple[int, str]]) -> bool:
+    def _add(self, unit: Unit, progress: Progress, outputs: dict[str, Output], batch: list[tuple[int, str]]) -> bool:
         """Appends a batch of (row, text); whether that ended the unit."""
         clean = [(row, text) for row, text in batch if not (self._ngrams and self._ngrams.touches(text))]
         encodings = self._tokenizer.encode_batch_fast([text for _, text in clean], add_special_tokens=False)
         kept = {row for row, _ in clean}
         for (row, text), encoding in zip(clean, encodings, strict=True):
             split = "val" if unit.split == "val" or (unit.val_fraction and draw(text) < unit.val_fraction) else "train"
-            outputs[split].add(encoding.ids, self._facts.eos_id, text)
-            progress.tokens[split] += len(encoding.ids) + 1
+            progress.tokens[split] += outputs[split].add(encoding.ids, text)
             progress.documents[split] += 1
             if progress.tokens[unit.split] >= unit.quota:
                 progress.row = row
@@ -180,56 +179,31 @@ class Writer:
 def _is_there(unit: Unit, progress: Progress, dtype: np.dtype) -> bool:
     """Whether the files hold what the record says, which a machine that lost its power may have kept alone."""
     sizes = {
-        unit.path(split, kind): count[split] * width
+        unit.path(split, kind): size
         for split in SPLITS
-        for kind, count, width in (("bin", progress.tokens, dtype.itemsize), ("len", progress.documents, 16))
+        for kind, size in zip(("bin", "len"), _sizes(split, progress, dtype), strict=True)
     }
     return all(size == 0 or (path.is_file() and path.stat().st_size >= size) for path, size in sizes.items())
 
 
-class _Output:
-    """The two growing files of one split."""
-
-    def __init__(
-        self, unit: Unit, split: str, progress: Progress, dtype: np.dtype, stack: contextlib.ExitStack
-    ) -> None:
-        self._dtype = dtype
-        self._tokens = _opened(unit.path(split, "bin"), progress.tokens[split] * dtype.itemsize, stack)
-        self._lengths = _opened(unit.path(split, "len"), progress.documents[split] * 16, stack)
-
-    def add(self, ids: list[int], eos_id: int, text: str) -> None:
-        self._tokens.write(np.array([*ids, eos_id], dtype=self._dtype).tobytes())
-        self._lengths.write(np.array([len(ids) + 1, len(text.encode("utf-8"))], dtype=np.int64).tobytes())
-
-    def sync(self) -> None:
-        for file in (self._tokens, self._lengths):
-            file.flush()
-            os.fsync(file.fileno())
+def _sizes(split: str, progress: Progress, dtype: np.dtype) -> tuple[int, int]:
+    """Bytes of tokens and of lengths that count."""
+    return progress.tokens[split] * dtype.itemsize, progress.documents[split] * LENGTHS_BYTES
 
 
-def _opened(path: Path, size: int, stack: contextlib.ExitStack) -> IO[bytes]:
-    """The file with all behind its first ``size`` bytes cut off, to be appended to."""
-    file = stack.enter_context(path.open("ab", buffering=1 << 20))
-    file.truncate(size)
-    return file
+def _streams(
+    unit: Unit, split: str, progress: Progress, dtype: np.dtype, stack: contextlib.ExitStack
+) -> list[IO[bytes]]:
+    """The files of tokens and of lengths, to be appended to, with all that does not count cut off."""
+    files = []
+    for kind, size in zip(("bin", "len"), _sizes(split, progress, dtype), strict=True):
+        files.append(stack.enter_context(unit.path(split, kind).open("ab", buffering=1 << 20)))
+        files[-1].truncate(size)
+    return files
 
 
-def _write_down(unit: Unit, progress: Progress, outputs: dict[str, _Output]) -> None:
-    for output in outputs.values():
-        output.sync()
+def _write_down(unit: Unit, progress: Progress, files: list[IO[bytes]]) -> None:
+    for file in files:
+        file.flush()
+        os.fsync(file.fileno())
     replace_text(unit.record, json.dumps(asdict(progress)))
-
-
-def _batches(rows: Iterator[str], row: int) -> Iterator[tuple[int, list[tuple[int, str]]]]:
-    """(rows done with so far, [(number of the row, text)]) of about a million characters; empty texts are left out."""
-    batch: list[tuple[int, str]] = []
-    size, number, told = 0, row, row
-    for number, text in zip(itertools.count(row + 1), rows):
-        if text:
-            batch.append((number, text))
-            size += len(text)
-        if size >= _BATCH_CHARACTERS:
-            yield number, batch
-            batch, size, told = [], 0, number
-    if number > told:
-        yield number, batch

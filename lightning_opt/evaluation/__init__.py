@@ -8,12 +8,11 @@ from lightning_opt._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        "suites": ["check"],
+        "suites": ["check", "check_samples"],
         "score": ["evaluate"],
-        "sandbox": ["Limits", "Sandbox", "SandboxError", "Verdict"],
+        "sandbox": ["Limits", "Rooms", "Sandbox", "SandboxError", "Verdict"],
         "offline": ["write_tasks"],
         "sampling": ["SampleScorer"],
-        "agents": ["evaluate_agent"],
-        "agents_settings": ["AgentSettings"],
+        "agents": ["AgentSettings", "evaluate_agent"],
     },
 )

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
@@ -21,8 +19,9 @@ from torch.utils import collect_env
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from lightning_opt.data.meter import Meter
 from lightning_opt.evaluation.counting import Counting, Keep, KeepText
-from lightning_opt.evaluation.meter import Meter
+from lightning_opt.evaluation.quiet import metered
 from lightning_opt.evaluation.rows import Batch, Row, plan, rows_of
 
 _LOGITS = 2**27
@@ -61,7 +60,7 @@ class CountingLM(Counting, HFLM):
 
     def _score(self, pairs: Iterable[tuple[list[int], list[int]]], texts: Sequence[Any], keep: Keep) -> None:
         batches = self._plan(rows_of(pairs, self.max_length))
-        with Meter(f"evaluation, {len(texts):,} answers to weigh", sum(batch.work for batch in batches)) as meter:
+        with metered(f"{len(texts):,} answers to weigh", sum(batch.work for batch in batches)) as meter:
             prefix, cache = (), None
             for batch in batches:
                 if batch.prefix != prefix:
@@ -125,7 +124,7 @@ class CountingLM(Counting, HFLM):
     def _compose(self, requests: list[Any], keep: KeepText) -> None:
         # lm-eval's own order, longest prompt first, but by batches: each is kept before the next is begun.
         order = sorted(range(len(requests)), key=lambda place: -len(self.tok_encode(requests[place].args[0])))
-        with Meter(f"evaluation, {len(requests):,} texts to write", len(requests)) as self._meter:
+        with metered(f"{len(requests):,} texts to write", len(requests)) as self._meter:
             for start in range(0, len(order), self.batch_size):
                 places = order[start : start + self.batch_size]
                 for place, text in zip(places, self._generate([requests[each] for each in places]), strict=True):
@@ -147,24 +146,6 @@ def _weigh(row: Row, logits: torch.Tensor, keep: Keep) -> None:
         wanted = torch.tensor(tokens, device=logits.device)
         places = chances[-len(tokens) :].gather(1, wanted[:, None])
         keep(number, (float(places.sum()), bool((likeliest[-len(tokens) :] == wanted).all())))
-
-
-@contextlib.contextmanager
-def undisturbed(model: torch.nn.Module) -> Iterator[None]:
-    """Leaves the model's train/eval modes and every random state as they were."""
-    modes = [(module, module.training) for module in model.modules()]
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
 
 
 @contextlib.contextmanager

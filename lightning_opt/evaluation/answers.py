@@ -6,15 +6,21 @@ share the file: it is locked only while a batch of answers is written.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import sqlite3
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+
+UNUSED_DAYS = 90
+"""A model's answers are dropped when nobody has asked for them for so long."""
 
 
 class Answers:
@@ -57,8 +63,15 @@ class Answers:
 
 
 def answers_file(folder: Path, identity: str) -> Path:
-    """Where the answers of a model lie that has this `identity`."""
-    return folder / f"{identity[:32]}.sqlite"
+    """Where the answers of a model lie that has this `identity`; those that nobody wanted for so long go."""
+    file, now = folder / f"{identity[:32]}.sqlite", time.time()
+    with contextlib.suppress(OSError):  # another scoring may be clearing up too
+        if file.exists():
+            os.utime(file)
+        for other in folder.glob(f"{'?' * 32}.sqlite"):
+            if now - other.stat().st_mtime > 86_400 * UNUSED_DAYS:
+                other.unlink()
+    return file
 
 
 def _key(question: Sequence[Any]) -> bytes:

@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lm_eval.api.instance import Instance
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 
-from lightning_opt.evaluation import documents
-from lightning_opt.evaluation.adapter import CountingLM, undisturbed, without_environment_report
+from lightning_opt.callbacks.rng import undisturbed
+from lightning_opt.evaluation import document_records
+from lightning_opt.evaluation.adapter import CountingLM, without_environment_report
 from lightning_opt.evaluation.answers import Answers, answers_file, identity
 from lightning_opt.evaluation.counting import Counting
-from lightning_opt.evaluation.humaneval import counted
+from lightning_opt.evaluation.humaneval import all_at_once, solution_bits
 from lightning_opt.evaluation.quiet import quiet
 
 _LOG = logging.getLogger("lightning_opt.evaluation")
@@ -37,13 +37,13 @@ class Scored:
 
     Attributes:
         results: lm-eval's own results, without samples.
-        records: one for each document (see `documents`).
+        records: one for each document (see `document_records`).
         cut: task of lm-eval to documents that lost the left end of a prompt.
         failed: tasks that gave nothing, and why.
     """
 
     results: dict[str, Any] = field(default_factory=dict)
-    records: list[documents.Record] = field(default_factory=list)
+    records: list[document_records.Record] = field(default_factory=list)
     cut: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
     failed: dict[str, str] = field(default_factory=dict)
 
@@ -59,10 +59,11 @@ def call(
     device: Any = None,
 ) -> Scored:
     """Scores the tasks whose files are in `folder`; arguments as in `score.evaluate`, `length` is the context."""
+    programs = all_at_once(settings["sandbox_seconds"])
     if settings["engine"] == "vllm":
-        with _checkpoint(model, tokenizer) as path:
+        with programs, _checkpoint(model, tokenizer) as path:
             return _all_or_each(tasks, folder, lambda: _vllm(path, settings, length))
-    with _at(model, device), undisturbed(model):
+    with programs, _at(model, device), undisturbed(model):
         return _all_or_each(tasks, folder, lambda: _in_memory(model, tokenizer, settings, length))
 
 
@@ -163,9 +164,9 @@ class _Remembering(TaskManager):
         return found
 
 
-def _call(lm: Counting, tasks: list[str], folder: Path) -> tuple[dict[str, Any], list[documents.Record]]:
+def _call(lm: Counting, tasks: list[str], folder: Path) -> tuple[dict[str, Any], list[document_records.Record]]:
     manager = _Remembering(include_path=str(folder), include_defaults=False)
-    with without_environment_report(), counted(lambda: _programs(manager.loaded["humaneval"])):
+    with without_environment_report():
         results = simple_evaluate(
             model=lm,
             tasks=list(tasks),
@@ -177,25 +178,17 @@ def _call(lm: Counting, tasks: list[str], folder: Path) -> tuple[dict[str, Any],
             confirm_run_unsafe_code=True,  # it runs in the sandbox, or the task was skipped
         )
     samples = results.pop("samples")
-    records = documents.records(manager.loaded, samples)
+    records = document_records.records(manager.loaded, samples)
     _weigh_solutions(lm, samples.get("humaneval", ()), records)
     return json.loads(json.dumps(results, default=handle_non_serializable)), records
 
 
-def _programs(task: Any) -> int:
-    return len(task.eval_docs) * task.config.repeats
-
-
-def _weigh_solutions(lm: Counting, samples: Any, records: list[documents.Record]) -> None:
+def _weigh_solutions(lm: Counting, samples: Any, records: list[document_records.Record]) -> None:
     """Bits per byte of HumanEval's own solutions: where no program passes, it still tells models apart."""
-    pairs = [(sample["doc"]["prompt"], sample["doc"]["canonical_solution"]) for sample in samples]
-    asked = [
-        Instance("loglikelihood", {}, pair, 0, ("humaneval_solutions", place, 1)) for place, pair in enumerate(pairs)
-    ]
-    found = lm.loglikelihood(asked) if asked else []
+    found = solution_bits(lm, [sample["doc"] for sample in samples])
     programs = [record for record in records if record["task"] == "humaneval"]
-    for record, (value, _), (_, solution) in zip(programs, found, pairs, strict=True):
-        record["bits_per_byte"] = documents.bits_per_byte(value, solution)
+    for record, bits in zip(programs, found, strict=True):
+        record["bits_per_byte"] = bits
 
 
 def _merge(merged: dict[str, Any], results: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_opt.evaluation.sources import SOURCES, TaskSource
+from lightning_opt.evaluation.task_table import SOURCES, TaskSource
 from lightning_opt.plan import ConfigError
 from lightning_opt.run_folder import read_json, write_json
 
@@ -26,7 +26,7 @@ def freeze(folder: Path, tasks: Sequence[str], say: Callable[[str], None] = prin
 
     Args:
         folder: made where it is missing; becomes an `evaluation.data_dir`.
-        tasks: names of `sources.SOURCES`.
+        tasks: names of `task_table.SOURCES`.
         say: told about every file.
 
     Returns:

@@ -17,7 +17,7 @@ def as_on_hub(task: str, document: Document) -> Document:
     """The document with the hub's columns; one that has them already comes back as it is.
 
     Args:
-        task: a name of `sources.SOURCES`.
+        task: a name of `task_table.SOURCES`.
         document: one line of the task's file.
     """
     known = _LAYOUTS.get(task)

@@ -24,7 +24,6 @@ from typing import Any
 
 from lightning_opt.evaluation.layouts import as_on_hub
 from lightning_opt.evaluation.mmlu_subjects import TEST_DOCUMENTS
-from lightning_opt.evaluation.sources import SOURCES
 from lightning_opt.evaluation.suites import (
     data_folder,
     local_files,
@@ -33,6 +32,7 @@ from lightning_opt.evaluation.suites import (
     read_documents,
     spread,
 )
+from lightning_opt.evaluation.task_table import SOURCES
 from lightning_opt.plan import ConfigError
 
 _LOADER = "!function lightning_opt.evaluation.offline.load_documents"
@@ -55,7 +55,7 @@ def _documents(path: str, _changed_ns: int) -> tuple[dict[str, Any], ...]:
     return tuple(read_documents(Path(path)))
 
 
-def documents(path: Path) -> tuple[dict[str, Any], ...]:
+def documents_of(path: Path) -> tuple[dict[str, Any], ...]:
     """All documents of a file, read once."""
     return _documents(str(path), path.stat().st_mtime_ns)
 
@@ -90,7 +90,7 @@ def load_documents(
         }
     splits = {}
     for split, name in (files or {}).items():
-        kept = [item for item in documents(Path(name)) if subject is None or item["subject"] == subject]
+        kept = [item for item in documents_of(Path(name)) if subject is None or item["subject"] == subject]
         kept = [as_on_hub(task, item) for item in kept[: (take or {}).get(split)]]
         splits[split] = datasets.Dataset.from_list(kept)
     return splits
@@ -114,7 +114,7 @@ def write_tasks(
     Args:
         folder: made when it is not there.
         suite: `mini` or `full`.
-        tasks: names of `sources.SOURCES`.
+        tasks: names of `task_table.SOURCES`.
         context_length: the model's, in tokens; bounds what HumanEval may generate.
         limit: documents per task.
         data_dir: folder of the real sets' files; None with `full` means the hub.
@@ -150,7 +150,7 @@ def _local_files(task: str, source: Path) -> dict[str, str]:
         raise ConfigError("evaluation.data_dir", str(source), f"must hold {', '.join(lacking)}")
     found = local_files(source, task)
     for path in found.values():
-        if not documents(path):
+        if not documents_of(path):
             raise ConfigError("evaluation.data_dir", str(path), "must hold documents, it is empty")
     return {split: str(path) for split, path in found.items()}
 
@@ -202,7 +202,7 @@ def _write_mmlu(folder: Path, source: Path | None, limit: int | None) -> None:
     if files is None:
         taken = dict.fromkeys(subjects, None) if limit is None else spread(TEST_DOCUMENTS, limit)
     else:
-        sizes = Counter(item["subject"] for item in documents(Path(files["test"])))
+        sizes = Counter(item["subject"] for item in documents_of(Path(files["test"])))
         taken = spread(sizes, limit)
         _check_shots(Path(files["dev"]), taken)
     groups: dict[str, list[str]] = {}
@@ -221,7 +221,7 @@ def _write_mmlu(folder: Path, source: Path | None, limit: int | None) -> None:
 
 
 def _check_shots(dev: Path, subjects: Iterable[str]) -> None:
-    shots = Counter(item["subject"] for item in documents(dev))
+    shots = Counter(item["subject"] for item in documents_of(dev))
     for subject in subjects:
         if shots[subject] < SOURCES["mmlu"].shots:
             expected = f"must hold {SOURCES['mmlu'].shots} examples of every subject; {subject} has {shots[subject]}"

@@ -9,6 +9,8 @@ import sys
 import warnings
 from collections.abc import Iterator
 
+from lightning_opt.data.meter import Meter
+
 _LOG = logging.getLogger("lightning_opt.evaluation")
 _CHATTERERS = ("lm_eval", "transformers", "datasets", "huggingface_hub", "accelerate", "filelock", "fsspec", "httpx")
 _terminal: list[tuple[io.TextIOBase, io.TextIOBase]] = []
@@ -52,3 +54,13 @@ def aloud() -> Iterator[None]:
 def terminal() -> io.TextIOBase:
     """The terminal's error stream, inside `quiet` too."""
     return _terminal[0][1] if _terminal else sys.stderr
+
+
+def metered(what: str, total: int) -> Meter:
+    """A meter that is seen and heard inside `quiet`.
+
+    Args:
+        what: is counted, in a few words.
+        total: all of it.
+    """
+    return Meter(f"evaluation, {what}", total, log=_LOG, stream=terminal(), around=aloud)

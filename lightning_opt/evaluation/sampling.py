@@ -1,8 +1,8 @@
 """A few documents of a suite's tasks, scored again and again while a model trains: prepared once, then only weighed.
 
 The tasks, prompts and metrics are those of `score.evaluate` with `limit` documents (the same task files by `offline`),
-and so is `bits_per_byte` (`documents`); nothing is generated, so HumanEval tells the bits per byte of the set's own
-solutions only.
+and so is `bits_per_byte` (`document_records`); nothing is generated, so HumanEval tells the bits per byte of the set's
+own solutions only.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from lightning_opt.evaluation import documents
+from lightning_opt.evaluation import document_records
+from lightning_opt.evaluation.humaneval import solution_bits
 from lightning_opt.evaluation.offline import write_tasks
 from lightning_opt.evaluation.quiet import quiet
-from lightning_opt.evaluation.sources import SOURCES
-from lightning_opt.evaluation.suites import resolve
+from lightning_opt.evaluation.score import context_of
+from lightning_opt.evaluation.suites import check_sample, resolve
+from lightning_opt.evaluation.task_table import SOURCES
 from lightning_opt.plan import ConfigError, check_value
 
 if TYPE_CHECKING:
@@ -64,10 +66,7 @@ class SampleScorer:
         if settings["suite"] == "none":
             why = "must be mini or full for scores while training (or callbacks.sample_scores.every_n_steps=0)"
             raise ConfigError("evaluation.suite", "none", why)
-        for task in self.tasks or ():
-            if task not in settings["tasks"]:
-                why = f"must be some of evaluation.tasks: {', '.join(settings['tasks'])}"
-                raise ConfigError("sample_scores.scorer.tasks", task, why)
+        check_sample(self.evaluation or {}, self.tasks, "sample_scores.scorer.tasks")
         return settings | {"tasks": self.tasks or settings["tasks"], "limit": self.documents}
 
     def __call__(self, module: torch.nn.Module) -> dict[str, float]:
@@ -103,11 +102,7 @@ class _Sample:
 
         from lightning_opt.evaluation.adapter import CountingLM
 
-        length = getattr(model.config, "max_position_embeddings", None) or context
-        if not length:
-            raise ConfigError(
-                "context_length", None, "must be given: the model's config has no max_position_embeddings"
-            )
+        length = context_of(model, context)
         self._lm = CountingLM(model, copy.deepcopy(tokenizer), batch_size=settings["batch_size"], max_length=length)
         with tempfile.TemporaryDirectory() as folder:
             given = {name: settings[name] for name in ("suite", "tasks", "limit", "data_dir")}
@@ -122,20 +117,11 @@ class _Sample:
         found: dict[str, dict[str, list[float]]] = {}
         if self._tasks["tasks"]:
             samples = evaluate(self._lm, self._tasks, bootstrap_iters=0, log_samples=True)["samples"]
-            for record in documents.records(self._tasks["tasks"], samples):
+            for record in document_records.records(self._tasks["tasks"], samples):
                 task = "mmlu" if record["task"].startswith("mmlu_") else record["task"]
                 for name in (_metric(task), BITS):
                     if record.get(name) is not None:
                         found.setdefault(task, {}).setdefault(name, []).append(record[name])
         if self._programs is not None:
-            found["humaneval"] = {BITS: self._solutions()}
+            found["humaneval"] = {BITS: solution_bits(self._lm, self._programs.eval_docs)}
         return {f"score/{task}/{name}": fmean(values) for task, part in found.items() for name, values in part.items()}
-
-    def _solutions(self) -> list[float]:
-        """Bits per byte of each problem's own solution."""
-        from lm_eval.api.instance import Instance
-
-        pairs = [(item["prompt"], item["canonical_solution"]) for item in self._programs.eval_docs]
-        asked = [Instance("loglikelihood", {}, pair, 0, ("humaneval", place, 1)) for place, pair in enumerate(pairs)]
-        weighed = self._lm.loglikelihood(asked)
-        return [documents.bits_per_byte(value, pair[1]) for (value, _), pair in zip(weighed, pairs, strict=True)]

@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_opt.evaluation import documents
+from lightning_opt.evaluation import document_records
 from lightning_opt.evaluation.freezing import check_frozen, checksum
 from lightning_opt.evaluation.mmlu_subjects import article_groups
 from lightning_opt.evaluation.offline import write_tasks
 from lightning_opt.evaluation.quiet import quiet
 from lightning_opt.evaluation.sandbox import available
-from lightning_opt.evaluation.sources import SOURCES, TASKS
 from lightning_opt.evaluation.suites import STOCK_MAX_GEN_TOKS, data_folder, local_files, out_of_reach, resolve
+from lightning_opt.evaluation.task_table import SOURCES, TASKS
 from lightning_opt.plan import ConfigError
 from lightning_opt.run_folder import read_json, write_json
 
@@ -56,7 +56,7 @@ def evaluate(
 
     Returns:
         `suite`, `comparable` (whether every score may stand beside published ones), and per task either `metric`,
-        `value`, `stderr`, `n`, `shots`, `chance`, `majority`, `bits_per_byte` (see `documents`), `truncated`
+        `value`, `stderr`, `n`, `shots`, `chance`, `majority`, `bits_per_byte` (see `document_records`), `truncated`
         (documents that did not fit the context), `comparable` (a whole real set, no prompt cut, HumanEval's answers
         greedy and of the stock length) and where it is not `why_not`; MMLU also `groups`; or `skipped` (why).
 
@@ -71,7 +71,7 @@ def evaluate(
     if tokenizer.eos_token_id is None and tokenizer.bos_token_id is None:
         raise ConfigError("data.tokenizer", "no special tokens", "must have an end-of-text or a start-of-text token")
     started = time.monotonic()
-    length = _context(model, context_length)
+    length = context_of(model, context_length)
     skipped = _refused_tasks(settings)
     wanted = [task for task in settings["tasks"] if task not in skipped]
     for task in settings["tasks"]:
@@ -100,7 +100,16 @@ def evaluate(
     return block
 
 
-def _context(model: torch.nn.Module | Path, given: int | None) -> int:
+def context_of(model: torch.nn.Module | Path, given: int | None) -> int:
+    """Tokens that a model, or the checkpoint in a folder, can see.
+
+    Args:
+        model: of transformers.
+        given: for one whose config does not say.
+
+    Raises:
+        ConfigError: nobody says.
+    """
     if isinstance(model, Path):
         from transformers import AutoConfig
 
@@ -158,7 +167,7 @@ def _summary(task: str, scored: Scored, settings: Mapping[str, Any]) -> dict[str
     n = sum(results["n-samples"][name]["effective"] for name in members)
     value = float(scores[source.metric])
     name, _, kind = source.metric.partition(",")
-    about = documents.described(found)
+    about = document_records.described(found)
     tied = about.pop("tied")
     entry = {
         "metric": name,
@@ -189,7 +198,7 @@ def _summary(task: str, scored: Scored, settings: Mapping[str, Any]) -> dict[str
     return entry | ({"comparable": False, "why_not": why} if why else {"comparable": True})
 
 
-def _groups(found: list[documents.Record], results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _groups(found: list[document_records.Record], results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """MMLU's score by group: lm-eval's four, and article 1's three with the rest; each document counts once."""
     stock = {
         name.removeprefix("mmlu_"): members
@@ -200,7 +209,7 @@ def _groups(found: list[documents.Record], results: Mapping[str, Any]) -> dict[s
     split = {}
     for kind, groups in (("lm-eval", stock), ("article", article)):
         parts = {name: [record for record in found if record["task"] in members] for name, members in groups.items()}
-        split[kind] = {name: documents.shares(part, "acc") for name, part in parts.items() if part}
+        split[kind] = {name: document_records.shares(part, "acc") for name, part in parts.items() if part}
     return split
 
 
@@ -247,7 +256,7 @@ def _keep(
         results.get("config", {}).pop(old, None)
     records = scored.records if scored else []
     solved = [record for record in records if record["task"] == "humaneval"]
-    documents.write(output / DOCUMENTS, records)
+    document_records.write(output / DOCUMENTS, records)
     write_json(
         output / "results.json",
         results

@@ -6,9 +6,7 @@ published number. `full`: the real sets, from local files (`data_dir`) or from t
 
 from __future__ import annotations
 
-import gzip
 import importlib.util
-import json
 import os
 import urllib.error
 import urllib.request
@@ -18,8 +16,9 @@ from typing import Any
 
 from lightning_opt.evaluation.freezing import check_frozen
 from lightning_opt.evaluation.mmlu_subjects import TEST_DOCUMENTS
-from lightning_opt.evaluation.sources import SOURCES, TASKS, WORDS
-from lightning_opt.plan import ConfigError, check_value, one_of
+from lightning_opt.evaluation.task_table import SOURCES, TASKS, WORDS
+from lightning_opt.plan import ConfigError, check_value, closest, one_of
+from lightning_opt.run_folder import NoJson, read_json_lines
 
 SUITES = ("mini", "full", "none")
 ENGINES = ("hf", "vllm")
@@ -55,6 +54,38 @@ def check(config: Mapping[str, Any]) -> None:
             sets wanted while the hub is switched off and nothing is cached.
     """
     resolve(config)
+
+
+def check_samples(config: Mapping[str, Any], callbacks: Mapping[str, Any]) -> None:
+    """Refuses scores while training of tasks that the evaluation does not have.
+
+    Args:
+        config: `config["evaluation"]`, checked.
+        callbacks: `config["callbacks"]`.
+
+    Raises:
+        ConfigError: names the task, and the nearest that there is.
+    """
+    for label, spec in callbacks.items():
+        scorer = (spec or {}).get("scorer")
+        ours = isinstance(scorer, Mapping) and scorer.get("_target_") == "lightning_opt.evaluation.SampleScorer"
+        if ours and spec.get("every_n_steps") != 0:
+            check_sample(config, scorer.get("tasks"), f"callbacks.{label}.scorer.tasks")
+
+
+def check_sample(config: Mapping[str, Any], tasks: Any, field: str) -> None:
+    """Refuses `tasks`, null or a list of names, that are not all tasks of `config["evaluation"]`; `field` names it.
+
+    Raises:
+        ConfigError: as `check_samples`.
+    """
+    known = resolve(config)["tasks"]
+    if tasks is not None and (isinstance(tasks, str) or not isinstance(tasks, Sequence)):
+        raise ConfigError(field, tasks, f"must be null, or a list of some of {', '.join(known)}")
+    for task in tasks or ():
+        if task not in known:
+            near = f"; did you mean {closest(task, known)}?" if closest(task, known) else ""
+            raise ConfigError(field, task, f"must be some of evaluation.tasks: {', '.join(known)}{near}")
 
 
 def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -225,17 +256,11 @@ def read_documents(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         ConfigError: the file is not JSON lines; names the line.
     """
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                raise ConfigError(
-                    "evaluation.data_dir", f"{path.name} line {number}", "must be one JSON object"
-                ) from None
+    try:
+        yield from read_json_lines(path)
+    except NoJson as error:
+        where = f"{path.name} line {error.line}"
+        raise ConfigError("evaluation.data_dir", where, "must be one JSON object") from None
 
 
 def spread(sizes: Mapping[str, int], limit: int | None) -> dict[str, int]:

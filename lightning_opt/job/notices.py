@@ -57,7 +57,7 @@ def banner(folder: Path, plan: dict[str, Any], env: dict[str, Any]) -> None:
     mixture(plan)
     tuned = plan["tuned"]
     log.info("optimizer  %s; tuned values: %s", plan["optimizer"], tuned["source"] if tuned else "none, defaults")
-    tuning(tuned, plan["tokens_per_step"])
+    tuning(tuned, plan["tokens_per_step"], plan["tokens"])
     table(
         "           ",
         ("role", "rule", "runs as", "tensors", "params", "lr", "decay", "state"),
@@ -94,15 +94,15 @@ def mixture(plan: dict[str, Any]) -> None:
             )
 
 
-def tuning(tuned: dict[str, Any] | None, tokens_per_step: int) -> None:
-    """Warns where tuned values were found at another batch, in tokens, than this run's."""
-    found_at = tuned and tuned.get("tokens_per_step")
-    if found_at and found_at != tokens_per_step:
-        log.warning(
-            "           tuned at %s tokens per step, and this run has %s: its best lr and batch may be others",
-            f"{found_at:,}",
-            f"{tokens_per_step:,}",
-        )
+def tuning(tuned: dict[str, Any] | None, tokens_per_step: int, tokens: int) -> None:
+    """Warns where tuned values were found at another batch than this run's, or in runs of less than half its tokens."""
+    tuned = tuned or {}
+    batch, length = tuned.get("tokens_per_step"), tuned.get("tokens")
+    words = "           tuned at %s tokens%s, and this run has %s: its best %s"
+    if batch and batch != tokens_per_step:
+        log.warning(words, f"{batch:,}", " per step", f"{tokens_per_step:,}", "lr and batch may be others")
+    if length and length < tokens / 2:
+        log.warning(words, f"{length:,}", "", f"{tokens:,}", "lr may be smaller")
 
 
 def resumed(notes: Sequence[str]) -> None:

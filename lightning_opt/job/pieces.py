@@ -89,7 +89,7 @@ def batches(config: dict[str, Any], plan: RunPlan, token_data: Any, not_before: 
         micro_batches=plan.max_steps * plan.accumulate,
         val_sequences=config["trainer"]["val_sequences"],
         val_part=config["trainer"].get("val_part", "all"),
-        num_workers=config["data"]["num_workers"],
+        num_workers=config["data"].get("num_workers") or 0,
         overfit_batches=config["trainer"]["overfit_batches"],
         not_before=not_before,
     )

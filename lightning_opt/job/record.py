@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import subprocess
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lightning_opt.plan import RunPlan, data_phases
+from lightning_opt.plan import RunPlan, available_cpus, data_phases
 from lightning_opt.plan.lengths import steps_for_warmup
 
 _PACKAGES = [
@@ -53,7 +52,7 @@ def environment(data_fingerprint: str, device: str, trainer: dict[str, Any]) -> 
         "cuda": torch.version.cuda,
         "device": device,
         "device_name": torch.cuda.get_device_name() if on_gpu else _cpu_name(),
-        "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu_count": available_cpus(),
         "num_threads": torch.get_num_threads(),
         "world_size": world_size,
         "num_nodes": trainer["num_nodes"],

@@ -11,7 +11,7 @@ from omegaconf._utils import split_key
 
 from lightning_opt.launch.compose import Composer
 from lightning_opt.plan import ConfigError
-from lightning_opt.plan.values import show
+from lightning_opt.plan.errors import show
 from lightning_opt.plan.words import one_of
 
 # Maps whose keys the user may add to or take away from.

@@ -181,6 +181,7 @@ def check_job(cfg: DictConfig) -> dict[str, Any]:
     check_loggers(config.get("logger") or {})
     data.check(plan.data_config(config), tokens=run.tokens)
     evaluation.check(config["evaluation"])
+    evaluation.check_samples(config["evaluation"], config.get("callbacks") or {})
     return config
 
 

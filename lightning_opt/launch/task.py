@@ -209,8 +209,8 @@ def tuned_values(cfg: DictConfig) -> dict[str, Any] | None:
     kept = {key: value for key, value in record.values.items() if _plain(OmegaConf.select(cfg, key)) == value}
     if not kept:
         return None
-    told = {"source": record.source, "measured": record.measured, "tokens_per_step": record.tokens_per_step}
-    return {**told, "values": kept}
+    told = ("source", "measured", "tokens", "tokens_per_step")
+    return {**{name: getattr(record, name) for name in told}, "values": kept}
 
 
 def _plain(value: Any) -> Any:

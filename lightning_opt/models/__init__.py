@@ -10,7 +10,7 @@ __getattr__, __dir__, __all__ = attach(
         "moe": ["glm4_moe"],
         "experts": ["implement_experts"],
         "pretrained": ["hf"],
-        "documents": ["apart", "keep_documents_apart"],
+        "document_masks": ["apart", "keep_documents_apart"],
         "chunked": ["IGNORE", "linear_cross_entropy", "logits_cross_entropy"],
         "loss": ["Loss", "causal_lm_loss"],
         "compiling": ["compiled", "decoder_layers"],

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_opt.models.chunked import can_be_chunked, linear_cross_entropy, logits_cross_entropy
-from lightning_opt.models.documents import apart
+from lightning_opt.models.document_masks import apart
 
 log = logging.getLogger("lightning_opt.models")
 

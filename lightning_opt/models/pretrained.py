@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lightning_opt.plan import ConfigError
+from lightning_opt.plan import ConfigError, HubLost, hub_said, is_hub_id
 
 log = logging.getLogger("lightning_opt.models")
 
@@ -26,12 +26,17 @@ def hf(*, path: str | None = None, context_length: int) -> PreTrainedModel:
 
     Raises:
         ConfigError: there is no model at the path, or it is shorter than ``context_length``.
+        HubLost: the hub does not answer, and has not been asked before.
     """
     if not path:
         raise ConfigError("model.path", path, "a Hugging Face folder or hub id, e.g. model.path=runs/.../model")
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     except (OSError, ValueError) as error:
+        instead = "a folder with the model can stand for it: model.path=FOLDER"
+        said = hub_said("model.path", "", path, error, instead) if is_hub_id(path) else None
+        if isinstance(said, HubLost):
+            raise said from None
         kind = "folder" if Path(path).exists() else "path"
         raise ConfigError(
             "model.path", path, f"a causal language model: this {kind} cannot be loaded ({error})"

@@ -26,8 +26,8 @@ large in any step: the clip holds only the rms of u, so a is the largest rms of 
 weight. The decay of the second moment slows down for ever (b = 0.996 at step 1000): after a long run it hardly forgets.
 A weight that starts at zero moves by scale_floor times lr. With `scale_parameter` a rate is not comparable with
 AdamW's. Convolutions are factored over their last two dimensions, as torch does it. In a stack of experts every matrix
-has its own rms, of steps and of weights (torch takes one over the stack). On a CPU a step takes 3.8 times what its
-bytes would (its fastest peer 3.5 times; benchmarks/results): rows, columns and two rms must each be known before the
+has its own rms, of steps and of weights (torch takes one over the stack). On a CPU a step takes 3.7 times what its
+bytes would (its fastest peer 3.6 times; benchmarks/results): rows, columns and two rms must each be known before the
 next pass over the matrix can begin, and the passes are torch's own, none of them merged.
 """
 

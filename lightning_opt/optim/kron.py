@@ -65,6 +65,7 @@ from lightning_opt.optim.blocks import (
     stacks,
     unfolded,
 )
+from lightning_opt.optim.triangular import gram, times_lower, times_upper, upper_times_upper
 
 # The noise that keeps a momentum without rank from driving Q to infinity, as a share of its mean size.
 _DAMPING = 2.0**-11.5
@@ -242,9 +243,12 @@ def whole(bucket: Bucket) -> list[Tensor]:
 
 def preconditioned(factors: Sequence[Tensor], h: Tensor) -> Tensor:
     """``Q1^T Q1 h Q2^T Q2`` of blocks ``[number, *shape]``; factors ``[number, n, n]`` or diagonals ``[number, n]``."""
-    return along(
-        h, lambda dim, rows: rows @ q.mT @ q if (q := factors[dim]).ndim == 3 else rows * q.square().unsqueeze(1)
-    )
+
+    def turn(dim: int, rows: Tensor) -> Tensor:
+        q = factors[dim]
+        return times_upper(times_lower(rows, q), q) if q.ndim == 3 else rows * q.square().unsqueeze(1)
+
+    return along(h, turn)
 
 
 def fit(factors: Sequence[Tensor], target: Tensor, v: Tensor, rate: float) -> None:
@@ -253,7 +257,7 @@ def fit(factors: Sequence[Tensor], target: Tensor, v: Tensor, rate: float) -> No
     size = target.abs().mean(dim=dims, keepdim=True) if dims else target.abs()
     a = along(
         target + _DAMPING * size * v,
-        lambda dim, rows: rows @ q.mT if (q := factors[dim]).ndim == 3 else rows * q.unsqueeze(1),
+        lambda dim, rows: times_lower(rows, q) if (q := factors[dim]).ndim == 3 else rows * q.unsqueeze(1),
     )
     b = along(v, lambda dim, rows: _without(factors[dim], rows))
     for dim, q in enumerate(factors):
@@ -263,9 +267,9 @@ def fit(factors: Sequence[Tensor], target: Tensor, v: Tensor, rate: float) -> No
             norm = (up + down).amax(dim=-1, keepdim=True)
             q.sub_(rate * (up - down) / _above_zero(norm) * q)
         else:
-            up, down = rows_a @ rows_a.mT, rows_b @ rows_b.mT
+            up, down = gram(rows_a), gram(rows_b)
             norm = _above_zero(_size_of(up + down))
-            q.baddbmm_((up - down).triu_().div_(norm[:, None, None]), q.clone(), alpha=-rate)
+            q.sub_(upper_times_upper((up - down).triu_().mul_(rate / norm[:, None, None]), q))
 
 
 def balance(factors: Sequence[Tensor]) -> None:

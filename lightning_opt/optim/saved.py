@@ -12,7 +12,7 @@ from lightning_opt.optim.buckets import layout_of
 from lightning_opt.optim.catalogue import rule_of
 from lightning_opt.optim.storage import planned_state
 from lightning_opt.plan import ConfigError
-from lightning_opt.plan.values import show
+from lightning_opt.plan.errors import show
 
 # How this process runs and clips is said by whoever built the optimizer, not by the checkpoint.
 _OWN = ("rule", "role", "clip_group", "lr_factor", "max_grad_norm", "implementation")

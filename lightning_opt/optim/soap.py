@@ -50,6 +50,7 @@ from torch import Tensor
 from lightning_opt.kernels import Bucket, Rule, Step, wide, wide_dtype
 from lightning_opt.optim.base import Optimizer
 from lightning_opt.optim.blocks import Grid, Stack, along, fresh_factors, grid_of, is_stack, own_dims, stacks, unfolded
+from lightning_opt.optim.triangular import average_gram_
 
 
 class SOAP(Optimizer):
@@ -242,8 +243,7 @@ def _average(grams: list[Tensor | None], g: Tensor, new: float) -> None:
     """L, R, ... move towards the gradient's products with itself."""
     for dim, gram in enumerate(grams):
         if gram is not None:
-            rows = unfolded(g, dim)
-            gram.baddbmm_(rows, rows.mT, beta=1 - new, alpha=new)
+            average_gram_(gram, unfolded(g, dim), new)
 
 
 def _first_bases(g: Tensor, grams: list[Tensor | None]) -> list[Tensor | None]:

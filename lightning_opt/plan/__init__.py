@@ -5,9 +5,11 @@ from lightning_opt._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        "values": ["ConfigError", "Rule", "RULES", "check_value", "rule_for"],
+        "errors": ["ConfigError"],
+        "value_rule": ["Rule"],
+        "values": ["RULES", "check_value", "rule_for"],
         "checks": ["RunPlan", "check", "data_config", "is_hub_id", "normalised"],
-        "words": ["closest", "near_path", "one_of"],
+        "words": ["amount", "closest", "duration", "near_path", "one_of"],
         "rule_facts": [
             "COMMON",
             "CURVATURE",
@@ -22,11 +24,12 @@ __getattr__, __dir__, __all__ = attach(
             "warms_by_fraction",
         ],
         "routes": ["ROLES", "read_roles", "settings"],
-        "mixing": ["DataPhase", "check_documents_apart", "data_phases", "data_seams"],
+        "mixing": ["DataPhase", "check_data_fields", "check_documents_apart", "data_phases", "data_seams"],
         "phases": ["check_order", "read_phases"],
         "resuming": ["check_allowed", "check_same", "identity", "length_changes", "with_data"],
+        "hub": ["HubLost", "gated", "hub_said"],
         "lengths": ["steps_for_epochs"],
-        "processes": ["Place", "place"],
+        "processes": ["Place", "available_cpus", "place"],
         "flops": ["flops_per_token"],
         "records": ["TunedRecord", "tuned", "tuned_optimizers", "tuned_records"],
     },

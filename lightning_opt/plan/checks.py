@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning_opt.plan.errors import ConfigError
 from lightning_opt.plan.lengths import (
     split_batch,
     steps_for_epochs,
@@ -17,12 +18,12 @@ from lightning_opt.plan.lengths import (
     steps_for_warmup,
     token_budget,
 )
-from lightning_opt.plan.mixing import check_documents_apart, data_phases, data_seams
+from lightning_opt.plan.mixing import check_data_fields, check_documents_apart, data_phases, data_seams
 from lightning_opt.plan.optimizers import check_optimizer, fed_to, rules_of
 from lightning_opt.plan.processes import place
 from lightning_opt.plan.resuming import check_allowed
 from lightning_opt.plan.rule_facts import wants_all
-from lightning_opt.plan.values import LARGEST_TRAINED_VOCABULARY, RULES, ConfigError, check_value, rule_for
+from lightning_opt.plan.values import LARGEST_TRAINED_VOCABULARY, RULES, check_value, rule_for
 from lightning_opt.plan.words import near_path
 
 _NO_RULE_BELOW = ("callbacks.", "logger.")  # other people's keywords
@@ -110,14 +111,17 @@ def _normalised(value: Any, path: str, ours: str) -> Any:
 def data_config(config: dict[str, Any]) -> dict[str, Any]:
     """The `data` part as a run uses it.
 
-    A model that brings its tokenizer is trained with it. A tokenizer that is trained on the spot to a model's
-    vocabulary has no more entries than its few megabytes of text can teach; any other size stays as it is given.
+    A model that brings its tokenizer is trained with it; prepared shards are compared with it. A tokenizer that is
+    trained on the spot to a model's vocabulary has no more entries than its few megabytes of text can teach; any other
+    size stays as it is given.
     """
     model, tokenizer = config["model"], config["data"].get("tokenizer") or {}
     size = tokenizer.get("vocab_size")
-    if tokenizer.get("path"):
+    if model.get("path") and config["data"].get("source") == "prepared":
+        tokenizer = {**tokenizer, "of_model": model["path"]}
+    elif tokenizer.get("path"):
         return config["data"]
-    if model.get("path"):
+    elif model.get("path"):
         tokenizer = {**tokenizer, "path": model["path"]}
     elif size is not None and size == model.get("vocab_size"):
         tokenizer = {**tokenizer, "vocab_size": min(size, LARGEST_TRAINED_VOCABULARY)}
@@ -194,6 +198,7 @@ def _divisors_near(number: int, wish: int) -> list[int]:
 
 
 def _check_data(data: dict[str, Any], model: dict[str, Any]) -> None:
+    check_data_fields(data)
     path, source = data.get("path"), data.get("source")
     if source == "files":  # prepared shards are checked by the data room, which knows how to make them
         if path is None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from lightning_opt.plan.errors import ConfigError
 from lightning_opt.plan.flops import mixture_params, non_embedding_params
-from lightning_opt.plan.values import ConfigError
 
 CHINCHILLA = 20  # tokens per non-embedding parameter at scale 1x, as in arXiv:2509.02046
 _LENGTHS = ("max_steps", "max_tokens", "max_epochs")

@@ -6,14 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_opt.plan.errors import ConfigError
 from lightning_opt.plan.phases import check_order
-from lightning_opt.plan.values import ConfigError, check_value
+from lightning_opt.plan.values import check_value
 from lightning_opt.plan.words import one_of
 
 LONGEST_DENSE_MASK = 1024
 """Tokens of a sequence whose documents can be kept apart without a GPU: the mask holds a byte for each pair of them."""
 
 _FIELDS = ("until", "weights")
+_NEEDED = {"name": "mine", "sequence_length": "${model.context_length}"}
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,20 @@ class DataPhase:
     def field(self) -> str:
         """Where the configuration has its weights."""
         return "data.weights" if self.weights is None else f"data.phases.{self.name}.weights"
+
+
+def check_data_fields(data: Mapping[str, Any]) -> None:
+    """Refuses a data set that leaves out what has no default.
+
+    Args:
+        data: ``config["data"]``.
+
+    Raises:
+        ConfigError: names the line that its file lacks.
+    """
+    for field, example in _NEEDED.items():
+        if data.get(field) is None:
+            raise ConfigError(f"data.{field}", None, f"must be said by the file in conf/data: {field}: {example}")
 
 
 def data_phases(data: Mapping[str, Any]) -> list[DataPhase]:

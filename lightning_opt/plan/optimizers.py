@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from lightning_opt.plan.errors import ConfigError
 from lightning_opt.plan.lengths import steps_for_warmup
 from lightning_opt.plan.phases import check_order, phases_of
 from lightning_opt.plan.routes import read_roles, settings
@@ -16,7 +17,6 @@ from lightning_opt.plan.rule_facts import (
     minds_tokens,
     warms_by_fraction,
 )
-from lightning_opt.plan.values import ConfigError
 
 _VECTORS = ("norm", "bias")  # roles whose weights are no matrices
 

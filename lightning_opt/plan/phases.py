@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from lightning_opt.plan.errors import ConfigError
 from lightning_opt.plan.rule_facts import COMMON, RuleFacts, facts
-from lightning_opt.plan.values import ConfigError, check_value
+from lightning_opt.plan.values import check_value
 from lightning_opt.plan.words import closest, one_of
 
 DYNAMIC = ("signal", "threshold", "hysteresis", "patience", "dwell")  # settings that say when, in place of `until`

@@ -1,4 +1,4 @@
-"""Which of a run's processes this one is, as torchrun and srun tell it in the environment."""
+"""Which of a run's processes this one is, as torchrun and srun tell it in the environment; the CPUs it may use."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lightning_opt.plan.values import ConfigError
+from lightning_opt.plan.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -65,3 +65,8 @@ def _number(environment: Mapping[str, str], name: str) -> int:
     if value is None or not value.isdecimal():
         raise ConfigError(name, value, "must be a whole number: the environment variable says which process this is")
     return int(value)
+
+
+def available_cpus() -> int:
+    """The CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -4,6 +4,7 @@ One file per optimizer, `plan/tuned/<optimizer>.yaml`: a list of tables, each wi
 
     source    where its values come from; `{cell}` stands for the model and scale of a row
     measured  ours = by this project | published = by the source | no = a first guess
+    tokens    of the runs that were measured; left out where the scale says it
     always    dotted key: value, for every row
     columns   dotted keys; `loss` is the validation loss that was reached, for reading only
     cells     model/scale: values, in the order of the columns; scale `any` holds for all of them
@@ -19,10 +20,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lightning_opt.plan.values import ConfigError
+from lightning_opt.plan.errors import ConfigError
 
 _FOLDER = Path(__file__).with_name("tuned")
 _KEYS = {"source", "measured", "always", "columns", "cells"}
+_MAY = {"tokens"}
 STUDIED = (130_000_000, 1_210_000_000)
 """Smallest and largest number of non-embedding parameters that published values were tuned at."""
 _PUBLISHED_LENGTH = 4096  # tokens of a sequence in arXiv:2509.02046
@@ -41,6 +43,7 @@ class TunedRecord:
         source: where the values come from: a paper and commit, or the file that holds our measurement.
         measured: ``ours`` (by this project), ``published`` (by the source) or ``no`` (a first guess).
         loss: validation loss that the source reached with them, nats per token; None where it does not say.
+        tokens: that the values were found at; None where the scale says it, or the source does not.
     """
 
     optimizer: str
@@ -50,6 +53,7 @@ class TunedRecord:
     source: str
     measured: str
     loss: float | None = None
+    tokens: int | None = None
 
     def at(self, scale: str) -> bool:
         """Whether the record holds for this scale."""
@@ -104,14 +108,14 @@ def _read(optimizer: str) -> tuple[TunedRecord, ...]:
 
 
 def _records(optimizer: str, table: dict[str, Any]) -> Iterator[TunedRecord]:
-    if set(table) != _KEYS:
+    if set(table) - _MAY != _KEYS:
         raise ValueError(f"tuned/{optimizer}.yaml: a table needs exactly {sorted(_KEYS)}, not {sorted(table)}")
     for cell, row in table["cells"].items():
         model, scale = cell.split("/")
         values = _flat(table["always"]) | _flat(dict(zip(table["columns"], row, strict=True)))
         loss = values.pop("loss", None)
         source = table["source"].replace("{cell}", cell)
-        yield TunedRecord(optimizer, model, (scale,), values, source, table["measured"], loss)
+        yield TunedRecord(optimizer, model, (scale,), values, source, table["measured"], loss, table.get("tokens"))
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:

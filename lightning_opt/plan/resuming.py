@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lightning_opt.plan.values import ConfigError, show
+from lightning_opt.plan.errors import ConfigError, show
 from lightning_opt.plan.words import one_of
 
 ALLOWABLE = ("seed", "data", "tokenizer", "sequence_length", "global_batch_size", "optimizer")
@@ -13,7 +13,7 @@ ALLOWABLE = ("seed", "data", "tokenizer", "sequence_length", "global_batch_size"
 
 _WEIGHTS = ("model", "vocabulary")
 _COMPARED = (*ALLOWABLE, *_WEIGHTS)
-_SAME_WEIGHTS = ("activation_checkpointing", "context_length", "non_embedding_params")
+_SAME_WEIGHTS = ("activation_checkpointing", "context_length", "experts_implementation", "non_embedding_params")
 _FOLLOWS = "data.fingerprint"  # from a changed tokenizer or length
 _DIGITS = 16  # of a hash, that a line stays one
 _MOST = 4  # differing values that one line names

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lightning_opt.plan.errors import ConfigError
 from lightning_opt.plan.phases import phases_of
 from lightning_opt.plan.rule_facts import COMMON, RuleFacts, check_options, facts, known_rules
-from lightning_opt.plan.values import ConfigError, check_value
+from lightning_opt.plan.values import check_value
 from lightning_opt.plan.words import one_of
 
 ROLES = ("matrix", "expert", "embedding", "head", "norm", "bias", "router", "other")

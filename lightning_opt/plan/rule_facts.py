@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lightning_opt.plan.values import ConfigError, show
+from lightning_opt.plan.errors import ConfigError, show
 from lightning_opt.plan.words import one_of
 
 TABLE = Path(__file__).with_name("rule_facts.json")

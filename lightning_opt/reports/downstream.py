@@ -7,10 +7,9 @@ Student's paired t test on their differences. P-values of one page are adjusted 
 
 from __future__ import annotations
 
-import gzip
-import json
 import logging
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +20,7 @@ from typing import Any
 
 from lightning_opt.reports.quantities import finite
 from lightning_opt.reports.scores import Score, from_summary
-from lightning_opt.run_folder import read_json
+from lightning_opt.run_folder import read_json, read_json_lines
 
 log = logging.getLogger("lightning_opt.reports")
 
@@ -122,8 +121,7 @@ def read_judged(label: str, folder: Path) -> Judged:
 
 def _records(path: Path) -> list[dict[str, Any]]:
     try:
-        with gzip.open(path, "rt", encoding="utf-8") as lines:
-            return [json.loads(line) for line in lines]
+        return list(read_json_lines(path))
     except FileNotFoundError:
         return []
     except (OSError, EOFError, ValueError) as error:
@@ -131,10 +129,22 @@ def _records(path: Path) -> list[dict[str, Any]]:
         return []
 
 
+_RUN = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{8}(-\d+)?")
+
+
 def labels(names: Sequence[str]) -> list[str]:
-    """Names that tell models apart: the shortest ends of their paths that differ, numbered where even these agree."""
+    """Names that tell models apart: the shortest ends of their paths that differ, numbered where even these agree.
+
+    Of a run the time and hash that end its path are left out, or, where they tell runs apart, stand behind its name.
+    """
     parts = [Path(name).parts for name in names]
+    dated = [len(one) > 1 and bool(_RUN.fullmatch(one[-1])) for one in parts]
+    named = [one[:-1] if is_run else one for one, is_run in zip(parts, dated, strict=True)]
     depth = 1
+    if len({one[-1] for one in named}) == len(parts):
+        parts = named
+    elif any(dated):
+        depth = 2
     while depth < max(map(len, parts)) and len({one[-depth:] for one in parts}) < len(parts):
         depth += 1
     short = ["/".join(one[-depth:]) for one in parts]

@@ -10,8 +10,10 @@ from typing import Any
 
 from lightning_opt.reports import downstream_figures as figures
 from lightning_opt.reports import quantities as q
+from lightning_opt.reports.commands import command
 from lightning_opt.reports.downstream import Difference, Judged, differences, labels, read_judged, tasks_of
 from lightning_opt.reports.page import Section, guarded, render
+from lightning_opt.reports.ranking import t_limit
 from lightning_opt.reports.scores import TITLES, listed
 from lightning_opt.reports.style import corpus_colour
 from lightning_opt.reports.tables import Table
@@ -44,15 +46,12 @@ def write_scores(names: Sequence[str], folders: Sequence[Path], out: Path) -> No
     tasks = tasks_of(models, TITLES)
     found = differences(models, tasks)
     write_text(out / "scores.csv", as_csv(models, tasks, found))
-    write_text(
-        out / "scores.html", render("report.html.j2", page(models, tasks, found, dict(zip(called, names, strict=True))))
-    )
+    again = command(["python", "-m", "recipes.evaluate", *names, "--report-only", "--out", str(out)])
+    write_text(out / "scores.html", render("report.html.j2", page(models, tasks, found, again)))
 
 
-def page(
-    models: Sequence[Judged], tasks: Sequence[str], found: Sequence[Difference], names: Mapping[str, str]
-) -> dict[str, Any]:
-    """Everything the template shows, as plain data; `names` is label to path."""
+def page(models: Sequence[Judged], tasks: Sequence[str], found: Sequence[Difference], again: str) -> dict[str, Any]:
+    """Everything the template shows, as plain data; `again` is the command that draws the page."""
     colours = {model.label: corpus_colour(place) for place, model in enumerate(models)}
     suites = list(dict.fromkeys(model.suite or "none" for model in models))
     parts = [("scores", lambda: _scores(models, tasks, colours))]
@@ -80,7 +79,7 @@ def page(
         "cards": (),
         "notes": _READING if len(models) > 1 else (_READING[0], _READING[3]),
         "sections": [section for section in sections if section.figures or section.tables or section.intro],
-        "commands": (("Score them again, or others", f"python -m recipes.evaluate {' '.join(names.values())}"),),
+        "commands": (("Draw this page again, or with others that were scored", again),),
         "missing": (),
     }
 
@@ -234,7 +233,7 @@ def _interval(one: Difference, scale: float, digits: int) -> str:
         return "0, all alike"
     if one.stderr is None:
         return value
-    reach = 1.96 * one.stderr
+    reach = t_limit(one.n - 1) * one.stderr
     ends = [
         f"{scale * end:+.{digits}f}".replace("-", "\N{MINUS SIGN}") for end in (one.value - reach, one.value + reach)
     ]

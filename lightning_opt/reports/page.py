@@ -134,7 +134,7 @@ def render(template: str, content: dict[str, Any]) -> str:
 def tight(text: str) -> str:
     """The text with its units held to their numbers, so that no line breaks between them."""
     return re.sub(
-        r"(?<=\d) (?=(?:ms|s|min|h|%|[KMG]iB|B)\b|%)|(?<=±) | (?=±)|(?<=\bn) (?==)|(?<=n =) ",
+        r"(?<=\d) (?=(?:ms|s|min|h|d|%|[KMG]iB|B)\b|%)|(?<=±) | (?=±)|(?<=\bn) (?==)|(?<=n =) ",
         "\N{NO-BREAK SPACE}",
         text,
     )

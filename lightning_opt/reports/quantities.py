@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from lightning_opt import plan
+
 NOT_MEASURED = "not measured"
 
 
@@ -81,14 +83,7 @@ def milliseconds(value: Any) -> str:
 def duration(value: Any) -> str:
     """Seconds as a person says them: 41 s, 2 min 17 s, 3 h 05 min."""
     x = finite(value)
-    if x is None:
-        return NOT_MEASURED
-    if x < 60:
-        return f"{number(x, 2)} s"
-    seconds = round(x)
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60:02d} s"
-    return f"{seconds // 3600:,} h {seconds % 3600 // 60:02d} min"
+    return NOT_MEASURED if x is None else plan.duration(x)
 
 
 def percent(value: Any) -> str:

@@ -22,6 +22,8 @@ TITLES = {
     "arc_easy": "ARC-Easy",
     "arc_challenge": "ARC-Challenge",
     "copa": "COPA",
+    "tau2_retail": "tau2 retail",
+    "tau2_airline": "tau2 airline",
 }
 
 

@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = attach(
     {
         "folder": ["FolderRefused", "RunFolder", "adoptable", "claim", "config_hash", "starts_elsewhere"],
         "status": ["FINISHED_STATES", "STATES", "Status", "owner_is_gone", "owner_seems_gone", "read_status"],
+        "json_lines": ["NoJson", "read_json_lines"],
         "records": [
             "METRIC_COLUMNS",
             "append_event",

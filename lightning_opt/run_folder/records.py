@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lightning_opt.run_folder.json_lines import read_json_lines
+
 log = logging.getLogger("lightning_opt.run_folder")
 
 METRIC_COLUMNS = (
@@ -159,13 +161,7 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     """Reads ``events.jsonl``; a line cut off by a kill is left out."""
     if not path.exists():
         return []
-    events = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return events
+    return list(read_json_lines(path, torn=True))
 
 
 def read_metrics(path: Path) -> dict[str, list[float | None]]:

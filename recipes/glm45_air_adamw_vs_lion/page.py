@@ -188,8 +188,7 @@ def _quality(found: Found, folder: Path, checks: Sequence[c.Check]) -> Section:
             "HumanEval",
             found.rows,
             humaneval,
-            "Topics by problems.json; they need verdicts by problem, which results.json holds only with lm-eval's "
-            "samples.",
+            "Topics by problems.json, of the real set alone: the mini suite has other problems.",
         ),
         _table("text", "Held-out text", found.rows, text),
     )
@@ -237,7 +236,7 @@ def _memory(found: Found, folder: Path, checks: Sequence[c.Check]) -> Section:
                 states = m.mean(jobs, m.of("optimizer_state_bytes"))
                 body.append(
                     (
-                        str(jobs[0].run.summary.get("model")),
+                        next((str(job.run.summary["model"]) for job in jobs if job.run.summary.get("model")), "?"),
                         q.short(size),
                         jobs[0].optimizer,
                         m.spread(jobs, m.scaled(m.of("optimizer_state_bytes"), _MIB)),

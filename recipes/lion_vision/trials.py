@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_opt import optim
+from lightning_opt.run_folder import read_json_lines
 from recipes.lion_vision.models import MODELS
 
 # Rate around which five are tried. Decay: lr * weight_decay is the same for all; Lion's rate a third (arXiv 2302.06675,
@@ -159,8 +160,7 @@ class Ledger:
         self.results = dict(self._read()) if path.exists() else {}
 
     def _read(self) -> Iterator[tuple[Trial, Result]]:
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            entry = json.loads(line)
+        for entry in read_json_lines(self.path):
             yield Trial(**entry["trial"]), Result(**entry["result"])
 
     def result(self, trial: Trial) -> Result:

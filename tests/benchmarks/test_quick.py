@@ -64,9 +64,11 @@ def test_callback_overhead(repository: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_callback_overhead_of_experts(repository: Path, tmp_path: Path) -> None:
-    [table] = quick("callback_overhead", repository, tmp_path, "--experts")
-    assert {"ExpertLoadMonitor, brief", "ExpertBalance"} <= {row["callbacks"] for row in table["rows"]}
-    for row in table["rows"]:
+    [steps, own] = quick("callback_overhead", repository, tmp_path, "--experts")
+    assert {"ExpertLoadMonitor, brief", "ExpertBalance"} <= {row["callbacks"] for row in steps["rows"]}
+    assert {row["callbacks"] for row in own["rows"]} < {row["callbacks"] for row in steps["rows"]}
+    assert all(middle(row["own ms of a step"]) > 0 for row in own["rows"])
+    for row in steps["rows"]:
         assert row["step without ms"] > 1
         assert middle(row["with / without, wall"]) > 0
 

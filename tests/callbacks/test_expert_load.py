@@ -217,6 +217,27 @@ def test_history_is_thinned_and_goes_on_after_a_resume(tmp_path: Path) -> None:
     assert state["steps"][-1] == 17
 
 
+def test_who_is_idle_and_what_was_raised_survives_a_stop(tmp_path: Path) -> None:
+    """Stopped before the first look, and once more after the alarm."""
+
+    def part(name: str, steps: int, ckpt: Path | None) -> tuple[Path, list[int], float | None]:
+        module, told = ForeignExperts(model_of("Glm4Moe"), lr=0.0), []
+        starve(module.model, 4)
+        monitor = ExpertLoadMonitor(dead_steps=5, cv_limit=10.0)
+        monitor.on_event = lambda kind, **fields: told.append(fields["step"])
+        trainer, _ = run(tmp_path / name, monitor, module=module, max_steps=steps, ckpt_path=ckpt, log_every_n_steps=4)[
+            1
+        ]
+        trainer.save_checkpoint(tmp_path / name / "last.ckpt")
+        return tmp_path / name / "last.ckpt", told, monitor.last.get("expert_load/idle_steps")
+
+    early, none, _ = part("early", 3, None)
+    raised, once, idle = part("raised", 9, early)
+    _, again, late = part("late", 12, raised)
+    assert (none, once, again) == ([], [8], [])
+    assert (idle, late) == (8, 12)
+
+
 def test_a_dense_model_costs_nothing(tmp_path: Path) -> None:
     monitor = ExpertLoadMonitor()
     _, logged = fit(tmp_path, Foreign(), [monitor], max_steps=3)

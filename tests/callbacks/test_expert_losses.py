@@ -204,7 +204,7 @@ NAMED |= dict.fromkeys(("Afmoe", "Glm4Moe", "Flint", "Llama4"), "sigmoid")
 
 
 @pytest.mark.parametrize(("family", "named"), NAMED.items())
-def test_scores_are_those_that_weigh_the_experts(family: str, named: str) -> None:
+def test_scores_are_those_that_weigh_the_experts(family: str, named: str, caplog: pytest.LogCaptureFixture) -> None:
     model, answers = model_of(family), []
     layer = find_expert_layers(model)[0]
     blocks = dict(model.named_modules())
@@ -213,6 +213,7 @@ def test_scores_are_those_that_weigh_the_experts(family: str, named: str) -> Non
     assert len(hooks) == 1 + (family in ("Afmoe", "JetMoe"))
     logits, chosen = scores_in(answers[0][-1], layer), choice_of(answers[0], layer)
     assert expert_losses.score_function(layer, logits, chosen, answers[0]) == named
+    assert not caplog.text
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.5])
@@ -230,6 +231,14 @@ def test_scores_by_their_weights_alone(k: int, scale: float) -> None:
     seen = expert_losses.score_function(layer, even, chosen, (even, torch.full_like(weights, 0.5)))
     assert seen == ("softmax" if k == 1 else None)  # all functions are the same there
     assert expert_losses.score_function(layer, logits, chosen, (logits, -weights)) == "softmax"
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_scores_of_no_known_function_are_told(k: int, caplog: pytest.LogCaptureFixture) -> None:
+    layer, logits = find_expert_layers(model_of("Mixtral"))[0], drawn()[0]
+    weights, chosen = logits.square().topk(k)
+    expert_losses.score_function(layer, logits, chosen, (logits, weights))
+    assert f"{layer.name} weighs its experts by none of softmax, sigmoid, sqrtsoftplus" in caplog.text
 
 
 def test_equal_logits_decide_nothing_for_later(tmp_path: Path) -> None:

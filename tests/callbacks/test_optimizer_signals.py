@@ -427,3 +427,20 @@ def test_the_share_waits_for_the_next_step_that_is_logged(every, wanted, monkeyp
     fit(Language(optim.Sophia, lr=1e-3, interval=4), OptimizerSignals(), Look(), steps=10, log=every)
     assert told == list(zip(wanted, (0.25, 0.5, 0.75), strict=False))
     assert len(asked) == (3 if every else 0)
+
+
+def test_the_share_that_waits_survives_a_stop(monkeypatch, tmp_path):
+    monkeypatch.setattr("lightning_opt.optim.sophia.unclipped", lambda optimizer: torch.tensor(0.25))
+    told, shown = tmp_path / "two.ckpt", []
+
+    class Save(pl.Callback):
+        def on_train_end(self, trainer, module):
+            trainer.save_checkpoint(told)
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            shown.append((trainer.global_step, trainer.callback_metrics.pop("sophia/unclipped", None)))
+
+    fit(Language(optim.Sophia, lr=1e-3, interval=4), OptimizerSignals(), Save(), steps=2, log=3)
+    fit(Language(optim.Sophia, lr=1e-3, interval=4), OptimizerSignals(), Look(), steps=4, log=3, resume=told)
+    assert shown == [(3, torch.tensor(0.25)), (4, None)]

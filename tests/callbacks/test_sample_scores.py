@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from foreign_project import FakeClock, Foreign, Logged, Rows, fit
+from foreign_project import FakeClock, Foreign, Logged, Rows, both_agree, fit
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import nn
 
@@ -207,3 +207,40 @@ def test_scores_go_to_every_logger(tmp_path: Path) -> None:
     other = Logged()
     fit(tmp_path, Foreign(), [SampleScores(Scorer(), every_n_steps=6)], logger=[Logged(), other])
     assert [step for step, row in other.rows if "score/toy/acc" in row] == [5, 11]  # as Lightning counts
+
+
+TWO_PROCESSES = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from foreign_project import Foreign, Rows, fit
+from lightning_opt.callbacks import SampleScores
+
+class Scorer:
+    columns = ("score/toy/acc",)
+    steps = []
+
+    def __call__(self, module):
+        self.steps.append(module.trainer.global_step)
+        if module.trainer.global_rank == 1 and self.steps[-1] == 8:
+            raise OSError("gone")
+        return {"score/toy/acc": 0.25 + module.trainer.global_rank}
+
+if __name__ == "__main__":
+    module, scorer = Foreign(), Scorer()
+    options = {"rows": Rows(96), "max_steps": 12, "devices": 2, "strategy": "ddp"}
+    trainer, logged = fit(Path(sys.argv[2]), module, [SampleScores(scorer, every_n_steps=2)], **options)
+    assert trainer.world_size == 2
+    assert scorer.steps == [2, 4, 6, 8], scorer.steps
+    first = trainer.global_rank == 0
+    assert logged.column("score/toy/acc") == [0.25] * 3 * first, logged.rows
+    assert trainer.global_step == 12
+    every = trainer.strategy.all_gather(torch.cat([p.detach().flatten() for p in module.parameters()]))
+    assert torch.equal(every[0], every[1])
+    print("AGREED", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_over_two_processes_all_score_one_logs_and_a_failure_ends_it_for_all(tmp_path: Path) -> None:
+    both_agree(TWO_PROCESSES, tmp_path)

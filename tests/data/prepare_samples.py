@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +13,15 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import zstandard
+from data_samples import make_texts
+from tokenizers import Tokenizer
+
+from lightning_opt.data.shards import open_shards
 
 DCLM, STARCODER, PROOFPILE, C4 = (
     "mlfoundations/dclm-baseline-1.0", "bigcode/starcoderdata", "EleutherAI/proof-pile-2", "allenai/c4",
 )  # fmt: skip
+WEB, CODE, MATH, VAL = make_texts(80), make_texts(60, 1000), make_texts(60, 2000), make_texts(20, 3000)
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -76,3 +82,15 @@ def content(folder: Path) -> dict[str, str]:
     """Every file below a folder and its sha256."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def texts_of(folder: Path, split: str) -> list[str]:
+    """The documents of a corpus folder, in order, through its own document index."""
+    shards = open_shards(folder)
+    stream = getattr(shards, split)
+    tokens, starts = stream.read(0, len(stream)), shards.documents(split)
+    assert starts[-1] == len(stream)
+    decoder = Tokenizer.from_file(str(folder.parent / "tokenizer.json"))
+    pieces = [tokens[a:b] for a, b in itertools.pairwise(starts)]
+    assert all(piece[-1] == shards.eos_id for piece in pieces)
+    return [decoder.decode(piece[:-1].tolist()) for piece in pieces]

@@ -20,10 +20,10 @@ import torch
 from data_samples import make_texts, write_jsonl
 
 from lightning_opt import data
-from lightning_opt.data import cached, token_data
+from lightning_opt.data import cached, meter, token_data
 from lightning_opt.data import tokenizer as t
-from lightning_opt.data.shards import write_shards
-from lightning_opt.plan import ConfigError
+from lightning_opt.data.writing import write_shards
+from lightning_opt.plan import ConfigError, amount
 
 Config = Callable[..., dict[str, Any]]
 
@@ -310,34 +310,33 @@ def test_killed_at_any_moment_the_next_build_is_right(shared_data: Path, config:
 def test_progress_is_plain_lines_off_a_terminal(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from lightning_opt.data import progress
-
-    monkeypatch.setattr(progress, "_LINE_EVERY_S", 0.0)
-    with caplog.at_level(logging.INFO, "lightning_opt.data"), progress.progress("tokenising x", 2_000_000) as advance:
-        advance(1_000_000)
+    monkeypatch.setattr(meter, "LINE_EVERY_S", 0.0)
+    with caplog.at_level(logging.INFO, "lightning_opt.data"), meter.Meter("tokenising x", 2_000_000, unit="B") as told:
+        told.advance(1_000_000)
     assert caplog.records[0].getMessage().startswith("tokenising x: 1 MB of 2 MB (50 %), ")
     assert "done in" in caplog.text
 
 
 def test_progress_says_what_is_left() -> None:
-    from lightning_opt.data.progress import amount, duration, line
-
-    said = line("preparing", 1_500_000, 3_000_000_000, "tokens", 1_000_000, 4.0)
-    assert said == "preparing: 1.5 Mtokens of 3 Gtokens (0 %), 250 ktokens/s, 3:19:54 left"  # 2.9985e9 / 2.5e5 s
-    assert line("preparing", 0, 10, "B", 0, 4.0) == "preparing: 0 B of 10 B (0 %)"
-    assert (amount(999, "B"), amount(12_345, "B"), duration(119.94)) == ("999 B", "12.3 kB", "119.9 s")
+    tokens = meter.Meter("preparing", 3_000_000_000, unit="tokens", done=500_000)
+    tokens.done += 1_000_000
+    said = "preparing: 1.5 Mtokens of 3 Gtokens (0 %), 250 ktokens/s, 3 h 19 min left"  # 2.9985e9 / 2.5e5 s
+    assert tokens.line(4.0) == said
+    assert meter.Meter("preparing", 10, unit="B").line(4.0) == "preparing: 0 B of 10 B (0 %)"
+    shares = meter.Meter("weighing", 8)
+    shares.done = 2
+    assert shares.line(41.0) == "weighing: 25 %, 2 min 03 s left"
+    assert (amount(999, "B"), amount(12_345, "B")) == ("999 B", "12.3 kB")
 
 
 def test_progress_is_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     import pty
 
-    from lightning_opt.data import progress
-
     reading, writing = pty.openpty()
     with os.fdopen(writing, "w") as terminal, monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", terminal)
-        with progress.progress("tokenising x", 2_000_000) as advance:
-            advance(1_000_000)
+        with meter.Meter("tokenising x", 2_000_000, unit="B") as told:
+            told.advance(1_000_000)
         shown = b""
         while b"tokenising x" not in shown:  # a terminal hands on what it has
             shown += os.read(reading, 10_000)

@@ -23,7 +23,8 @@ from tokenizers import Tokenizer
 from lightning_opt.data import cached
 from lightning_opt.data import tokenizer as t
 from lightning_opt.data.cached import Damaged
-from lightning_opt.data.shards import TokenStream, open_shards, read_index, token_dtype, unigram_entropies, write_shards
+from lightning_opt.data.shards import TokenStream, open_shards, read_index, token_dtype
+from lightning_opt.data.writing import unigram_entropies, write_shards
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +48,16 @@ def test_tokens_documents_and_bytes(tmp_path: Path, tokenizer: Tokenizer) -> Non
         tokens, starts = stream.read(0, len(stream)), shards.documents(split)
         assert len(starts) == len(wanted) + 1
         assert starts[-1] == len(stream)
+        np.save(tmp_path / "starts.npy", np.array([0, *np.flatnonzero(tokens == shards.eos_id) + 1]))
+        assert (tmp_path / "c" / f"{split}.npy").read_bytes() == (tmp_path / "starts.npy").read_bytes()
         for k, text in enumerate(wanted):
             piece = tokens[starts[k] : starts[k + 1]]
             assert piece[-1] == shards.eos_id
             assert tokenizer.decode(piece[:-1].tolist()) == text
     assert shards.train_bytes == sum(len(x.encode()) for s, x in documents if s == "train")
     assert (shards.train_documents, shards.val_documents) == (40, 10)
+    left = {path.name for path in (tmp_path / "c").iterdir()}
+    assert left == {"train-00000.bin", "val-00000.bin", "train.npy", "val.npy", "index.json", cached.MANIFEST}
 
 
 def test_width_follows_the_vocabulary() -> None:

@@ -9,17 +9,25 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from data_samples import make_texts
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from lightning_opt import data
 from lightning_opt.data import tokenizer as t
-from lightning_opt.plan import ConfigError
+from lightning_opt.plan import ConfigError, HubLost
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +164,10 @@ def test_bytes_of_a_sentencepiece_like_vocabulary() -> None:
     assert table[ids].sum() == len(" größe der Häuser".encode())
 
 
+def answered(kind: type[HfHubHTTPError]) -> HfHubHTTPError:
+    return kind("the hub said no", response=SimpleNamespace(headers={}, request=None))  # type: ignore[arg-type]
+
+
 class TestFromTheHub:
     def test_checked_without_asking_and_refused_in_one_line_where_it_cannot_be_had(
         self, config: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
@@ -163,9 +175,31 @@ class TestFromTheHub:
         given = config(tokenizer={"path": "some-org/no-such-model", "vocab_size": None, "eos": None})
         data.check(given)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        with pytest.raises(ConfigError, match=r"^data\.tokenizer\.path = some-org/no-such-model: ") as caught:
+        with pytest.raises(HubLost, match=r"^data\.tokenizer\.path = some-org/no-such-model: the hub") as caught:
             data.build(given, seed=1)
         assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("error", "kind", "said"),
+        [
+            (HTTPError("refused"), HubLost, "gave up on us .*data.tokenizer.path=FOLDER"),
+            (answered(HfHubHTTPError), HubLost, "gave up on us"),
+            (answered(RepositoryNotFoundError), ConfigError, "must be a model on the hub"),
+            (answered(RemoteEntryNotFoundError), ConfigError, "must hold what is read of it"),
+            (PermissionError("no disk of yours"), PermissionError, "no disk of yours"),
+        ],
+    )
+    def test_a_hub_that_is_lost_is_no_mistake_in_the_config(
+        self, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception], said: str
+    ) -> None:
+        def refuse(*_: object) -> None:
+            if kind is not HubLost:
+                raise error
+            raise LocalEntryNotFoundError("cannot be found") from error  # as huggingface_hub says it
+
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+        with pytest.raises(kind, match=said):
+            t.tokenizer_file("some-org/model")
 
     def test_used_from_the_hubs_own_cache(
         self, config: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

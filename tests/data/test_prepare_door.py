@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from prepare_samples import DCLM, STARCODER, content, make_hub
 
 from lightning_opt.data import preparing
 from lightning_opt.data import tokenizer as t
+from lightning_opt.plan import ConfigError
 
 COMMAND = (
     sys.executable, "-m", "recipes.prepare_data", "data=dclm_starcoder_proofpile", "data.corpora.c4_en.val_tokens=300",
@@ -87,6 +90,43 @@ def test_dry_run_and_refusals_of_the_door(place: Path, repository: Path, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+def test_training_is_told_the_weights_that_were_prepared(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And where it is not, says which weight is in the way: no preparation of that folder would help."""
+    from lightning_opt import data
+    from recipes.prepare_data import configuration, main
+
+    words = command(place, tmp_path / "my shards", "tokens=2000", f"data.root={place / 'hub'}")[3:]
+    assert main([*words, "data.weights.starcoder=0"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    told = ["data=dclm_starcoder_proofpile", f"data.path={tmp_path / 'my shards'}", "data.weights.starcoder=0"]
+    assert shlex.split(last.removeprefix("train on them: ")) == ["python", "train.py", *told]
+    data.check(configuration(told)["data"])
+    with pytest.raises(
+        ConfigError, match=r"data\.weights\.starcoder = 0\.0609: must be 0: the shards of .* without it"
+    ):
+        data.check(configuration(told[:2])["data"])
+
+
+def test_the_file_that_the_page_shows_is_a_whole_one(repository: Path, tmp_path: Path) -> None:
+    from lightning_opt import plan
+    from lightning_opt.data import orders
+    from lightning_opt.launch import Composer, compose_checked, plain_config
+
+    page = (repository / "docs" / "data.md").read_text().partition("### Another data set")[2]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.yaml").write_text(page.partition("```yaml\n")[2].partition("```")[0])
+    for name in ("train", "prepare"):
+        with Composer(name=name, extra=tmp_path) as composer:
+            config = plain_config(compose_checked(composer, ["data=mine"]))
+            ours = plain_config(compose_checked(composer, ["data=fineweb_edu"]))
+        assert config["data"].keys() == ours["data"].keys()
+        assert len(orders.asked(config["data"], 1e6)["corpora"]) == 3
+        if name == "train":
+            plan.check(config)
+
+
 def test_no_hub_is_a_failure_and_no_mistake(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,6 +138,12 @@ def test_no_hub_is_a_failure_and_no_mistake(
     said = capsys.readouterr().err
     assert said.startswith("data.corpora.c4_en = allenai/c4: the hub gave up on us (")
     assert said.endswith("data.root=FOLDER; the same command goes on where it was\n")
+    lost = [word for word in words if not word.startswith("data.tokenizer.path=")]
+    lost += [f"data.root={place / 'hub'}", "data.tokenizer.path=some-org/model"]
+    assert main(lost) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("data.tokenizer.path = some-org/model: the hub gave up on us (")
+    shutil.rmtree(tmp_path / "shards", ignore_errors=True)  # what it began
     assert main([*words, "--dryrun"]) == 2
     assert capsys.readouterr().err.startswith("--dryrun = true: is no option: there is --dry-run")
     assert not list(tmp_path.iterdir())

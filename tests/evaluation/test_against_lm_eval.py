@@ -14,7 +14,7 @@ import pytest
 
 from lightning_opt.evaluation import evaluate, sandbox
 from lightning_opt.evaluation.quiet import quiet
-from lightning_opt.evaluation.sources import STUDY
+from lightning_opt.evaluation.task_table import STUDY
 
 ISOLATED, WHY = sandbox.available()
 WITHIN, APART = 1e-3, 2e-3

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lightning_opt.evaluation import evaluate, sandbox
-from lightning_opt.evaluation.answers import Answers
+from lightning_opt.evaluation.answers import UNUSED_DAYS, Answers, answers_file
 
 ISOLATED, WHY = sandbox.available()
 
@@ -22,6 +24,19 @@ def test_an_answer_is_there_at_once_and_for_others_once_saved(tmp_path: Path) ->
     mine.save()
     assert yours.find(["loglikelihood", "a", "b"]) == [-1.5, True, False]
     assert yours.find(["loglikelihood", "a", "c"]) is None
+
+
+def test_answers_that_nobody_wanted_for_long_are_dropped(tmp_path: Path) -> None:
+    asked, forgotten, young = (tmp_path / f"{letter * 32}.sqlite" for letter in "abc")
+    theirs = tmp_path / "notes.sqlite"
+    long_ago = time.time() - 86_400 * (UNUSED_DAYS + 1)
+    for file in (asked, forgotten, young, theirs):
+        file.touch()
+        os.utime(file, (long_ago, time.time() if file == young else long_ago))
+    assert answers_file(tmp_path, "a" * 64) == asked
+    assert sorted(tmp_path.iterdir()) == [asked, young, theirs]
+    assert asked.stat().st_mtime > long_ago + 86_400
+    assert answers_file(tmp_path / "new", "a" * 64) == tmp_path / "new" / asked.name
 
 
 def test_another_scoring_may_write_while_the_model_computes(

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lightning_opt.evaluation import documents, evaluate
+from lightning_opt.evaluation import document_records, evaluate
 from lightning_opt.evaluation.mmlu_subjects import TEST_DOCUMENTS, article_groups
 from lightning_opt.evaluation.suites import MINI_DIR, read_documents
 
@@ -24,7 +24,7 @@ def kept(folder: Path) -> list[dict[str, Any]]:
 def test_bits_per_byte_of_a_uniform_model_over_bytes_is_eight() -> None:
     for text in (" yes", "no", " Straße", "  two blanks"):
         count = len(text.strip().encode())
-        assert documents.bits_per_byte(-count * math.log(256), text) == pytest.approx(8)
+        assert document_records.bits_per_byte(-count * math.log(256), text) == pytest.approx(8)
 
 
 def test_a_model_that_finds_all_tokens_equal_has_known_bits(
@@ -62,7 +62,7 @@ def test_records_add_up_to_the_scores(model: Any, tokenizer: Any, tmp_path: Path
 def test_always_the_same_answer_scores_the_most_frequent_place() -> None:
     golds = [0, 0, 1, 0, 2, 0]
     records = [{"loglikelihoods": [0.0, -1.0, -2.0, -3.0], "gold": gold} for gold in golds]
-    about = documents.described(records)
+    about = document_records.described(records)
     assert (about["chance"], about["majority"], about["tied"]) == (0.25, pytest.approx(4 / 6), 0)
 
 

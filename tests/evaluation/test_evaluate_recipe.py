@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import html
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -34,6 +36,7 @@ def answers_nowhere_else(tmp_path_factory: pytest.TempPathFactory, monkeypatch: 
     ("arguments", "said"),
     [
         (["/no/such/run"], "must be a run folder with model/"),
+        (["some-org/my.model"], "hf download some-org/my.model --local-dir my.model"),
         (["{checkpoint}", "--tasks", "hellasawg"], "did you mean hellaswag?"),
         (["{checkpoint}", "--suite", "ful"], "did you mean full?"),
         (["{checkpoint}", "--suite", "full", "--data-dir", "/no/such/folder"], "humaneval.jsonl"),
@@ -104,7 +107,7 @@ def test_plain_checkpoint_is_scored_and_kept_without_network(
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False, env=online)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    results = json.loads((out / "checkpoint0" / "results.json").read_text())
+    (results,) = (json.loads(path.read_text()) for path in out.glob("checkpoint0-*/results.json"))
     assert (out / "scores.html").is_file()
     assert results["n-samples"]["hellaswag"]["effective"] == 8
     assert f"{results['results']['hellaswag']['acc_norm,none']:.4f}" in done.stdout
@@ -298,8 +301,75 @@ def test_several_models_give_one_page_and_a_broken_one_does_not_lose_the_others(
     rows = (tmp_path / "out" / "scores.csv").read_text().splitlines()
     assert sum(row.startswith("score,mmlu,,acc,") for row in rows) == 2
     assert sum(row.startswith("difference,mmlu,,acc,run,other,") for row in rows) == 1
-    assert (tmp_path / "out" / "other" / "documents.jsonl.gz").is_file()
+    assert list((tmp_path / "out").glob("other-*/documents.jsonl.gz"))
     assert door.main([*paths[:2], "--report-only", "--out", str(tmp_path / "out")]) == 0
+
+
+def stand_ins(tmp_path: Path, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Checkpoints by the look of their folders; that of "b" fails, all others have the same score."""
+    from recipes import evaluate as door
+
+    def score(folder: Path, place: Path, config: dict[str, Any], device: str) -> dict[str, Any]:
+        if folder.parent.name == "b":
+            raise OSError("no tensors")
+        entry = {"metric": "acc", "value": 0.5, "stderr": 0.1, "n": 10, "shots": 0, "chance": 0.25, "truncated": 0}
+        block = {"suite": "full", "comparable": True, "mmlu": entry | {"comparable": True}}
+        place.mkdir(parents=True)
+        (place / "results.json").write_text(json.dumps({"summary": block}))
+        return block
+
+    monkeypatch.setattr(door, "score", score)
+    for name in names:
+        (tmp_path / name).mkdir(parents=True)
+        for file in ("config.json", "model.safetensors", "tokenizer.json"):
+            (tmp_path / name / file).write_text("{}")
+    return [str(tmp_path / name) for name in names]
+
+
+def test_a_failure_does_not_move_the_results_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Two folders of one name: where the scores of the first lie does not hang on the second, nor on who is asked."""
+    from recipes import evaluate as door
+
+    paths, out = stand_ins(tmp_path, ("a/x", "b/x", "c/y"), monkeypatch), tmp_path / "out"
+    assert door.main([*paths, "--tasks", "mmlu", "--device", "cpu", "--out", str(out)]) == 1
+    assert capsys.readouterr().err == f"{paths[1]}: OSError: no tensors\n"
+    assert _scored(out) == ["x", "y"]
+    for asked, labels in ((paths[::2], ["x", "y"]), (paths[:1], ["x"]), (paths[2:], ["y"])):
+        assert door.main([*asked, "--report-only", "--out", str(out)]) == 0
+        assert _scored(out) == labels
+    capsys.readouterr()
+    assert door.main([*paths[:2], "--report-only", "--out", str(out)]) == 2
+    assert capsys.readouterr().err == f"--report-only = {paths[1]}: must have been scored before\n"
+
+
+def _scored(out: Path) -> list[str]:
+    rows = [row.split(",") for row in (out / "scores.csv").read_text().splitlines()]
+    return [row[4] for row in rows if row[0] == "score"]
+
+
+def test_any_folder_with_results_goes_on_a_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Agents have results and no checkpoint; a run keeps its own in evaluation/. The page's command draws it again."""
+    from recipes import evaluate as door
+
+    entry = {"metric": "pass^1", "value": 0.5, "stderr": 0.1, "n": 10, "shots": 0, "chance": None, "comparable": True}
+    block = {"suite": "agents", "trials": 4, "comparable": True, "tau2_retail": entry}
+    agent, run, out = tmp_path / "my agent", tmp_path / "run", tmp_path / "out"
+    for folder in (agent, run / "evaluation"):
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text(json.dumps({"suite": "agents", "summary": block}))
+    assert door.main([str(agent), str(run), "--report-only", "--out", str(out)]) == 0
+    text = (out / "scores.html").read_text()
+    assert "tau2 retail" in text
+    assert "could not be drawn" not in text
+    assert _scored(out) == ["my agent", "run"]
+    again = html.unescape(re.search(r"python -m recipes\.evaluate [^<]*", text)[0])
+    (out / "scores.html").unlink()
+    assert door.main(shlex.split(again)[3:]) == 0
+    assert (out / "scores.html").read_text() == text
 
 
 def test_everything_wrong_with_the_paths_is_listed(
@@ -316,15 +386,15 @@ def test_everything_wrong_with_the_paths_is_listed(
 
 
 def test_words_of_the_command_line() -> None:
-    from recipes.evaluate import engine_arguments, parse, settings
+    from recipes.evaluate_asked import engine_arguments, parse, settings
 
     assert engine_arguments("tensor_parallel_size=8,dtype=auto,enforce_eager=true") == {
         "tensor_parallel_size": 8,
         "dtype": "auto",
         "enforce_eager": True,
     }
-    assert settings(parse(["x"]))["suite"] == "mini"
-    assert settings(parse(["x"]))["cache"].endswith("lightning_opt/answers")
-    assert settings(parse(["x", "--no-cache"]))["cache"] is None
-    assert settings(parse(["x"]))["sandbox_seconds"] == 5.0
-    assert settings(parse(["x", "--sandbox-seconds", "2.5"]))["sandbox_seconds"] == 2.5
+    assert settings(parse("", ["x"]))["suite"] == "mini"
+    assert settings(parse("", ["x"]))["cache"].endswith("lightning_opt/answers")
+    assert settings(parse("", ["x", "--no-cache"]))["cache"] is None
+    assert settings(parse("", ["x"]))["sandbox_seconds"] == 5.0
+    assert settings(parse("", ["x", "--sandbox-seconds", "2.5"]))["sandbox_seconds"] == 2.5

@@ -43,6 +43,35 @@ def test_pass_at_k_counts_programs() -> None:
     assert found == {"pass@1": 0.25, "pass@2": 0.5}
 
 
+@pytest.mark.skipif(not ISOLATED, reason=WHY)
+def test_programs_run_ahead_score_as_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran, run = [], sandbox.Rooms.run
+    monkeypatch.setattr(sandbox.Rooms, "run", lambda self, some, *told: ran.append(len(some)) or run(self, some, *told))
+    completions = [
+        ["return 1", "return 2", "return 1"],
+        ["x", "return 2", "x"],
+        ["return 3", "return 3", "while True: 0"],
+    ]
+    problems = [
+        {"prompt": "def f(): ", "test": f"def check(f): assert f() == {k}", "entry_point": "f"} for k in (1, 2, 3)
+    ]
+
+    def scores() -> list[dict[str, float]]:
+        made = humaneval.build_predictions(completions, problems)
+        tests = [f"{problem['test']}\ncheck(f)" for problem in problems]
+        return [humaneval.pass_at_k([test], [some], [1, 3], 1.0) for test, some in zip(tests, made, strict=True)]
+
+    one_by_one = scores()
+    assert ran == [3, 3, 3]
+    assert [found["pass@1"] for found in one_by_one] == pytest.approx([2 / 3, 1 / 3, 2 / 3])
+    with humaneval.all_at_once(1.0):
+        assert scores() == one_by_one
+    assert ran == [3, 3, 3, 9]
+    with humaneval.all_at_once(2.0):  # not what is asked for
+        assert humaneval.pass_at_k(["check(f)"], [["def f(): 0\ndef check(f): 0"]], 1, 1.0) == {"pass@1": 1.0}
+    assert ran[-1] == 1
+
+
 # What a model might write instead of a solution, as the end of a function's body.
 EVIL = {
     "endless": "    while True: pass\n",
@@ -91,11 +120,13 @@ def test_evil_completions_of_a_real_problem_are_contained(shared_data: Path, mon
     """Each fails by itself, leaves no process behind, and the solution after it passes."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     (problem, *_), (test, *_) = problems_of(shared_data)
-    user = sandbox.shared(sandbox.Limits(seconds=1.0))
-    user.start()
+    rooms = sandbox.shared(sandbox.Limits(seconds=1.0)).rooms
+    for room in rooms:
+        room.start()
+    users = {room.user for room in rooms}
     for name, body in EVIL.items():
         assert share([problem], [test], [body], seconds=1.0) == 0.0, name
-        left = [entry for entry in os.scandir("/proc") if entry.name.isdigit() and entry.stat().st_uid == user.user]
+        left = [entry for entry in os.scandir("/proc") if entry.name.isdigit() and entry.stat().st_uid in users]
         assert left == [], name
         assert share([problem], [test], [problem["canonical_solution"]], seconds=1.0) == 1.0, name
     mixed = [problem["canonical_solution"], *EVIL.values()]

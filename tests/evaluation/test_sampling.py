@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lightning_opt.evaluation import SampleScorer, evaluate, sandbox
+from lightning_opt.evaluation import SampleScorer, check_samples, evaluate, sandbox
 from lightning_opt.plan import ConfigError
 
 ISOLATED, WHY = sandbox.available()
@@ -66,11 +66,22 @@ def test_columns_are_known_before_anything_is_loaded(tokenizer: Any) -> None:
             ["hellaswag"],
             "tasks = hellaswag: must be some of evaluation.tasks: mmlu",
         ),
+        ({"suite": "mini"}, ["mmmlu"], r"tasks = mmmlu: must be some of .*; did you mean mmlu\?"),
     ],
 )
 def test_what_cannot_be_sampled_is_refused(tokenizer: Any, evaluation: Any, tasks: Any, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         _ = scorer_for(tokenizer, evaluation, tasks=tasks).columns
+
+
+@pytest.mark.parametrize("tasks", [["mmmlu"], "mmlu", ["study"]])
+def test_what_cannot_be_sampled_is_refused_before_a_job_starts(tasks: Any) -> None:
+    scorer = {"_target_": "lightning_opt.evaluation.SampleScorer", "documents": 32, "tasks": tasks}
+    callbacks = {"memory": None, "scores": {"every_n_steps": None, "scorer": scorer}}
+    with pytest.raises(ConfigError, match=r"^callbacks\.scores\.scorer\.tasks = "):
+        check_samples({"suite": "mini"}, callbacks)
+    callbacks["scores"]["every_n_steps"] = 0  # off
+    check_samples({"suite": "mini"}, callbacks)
 
 
 def test_a_sample_has_documents() -> None:

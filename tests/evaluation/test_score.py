@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_opt.data import meter
 from lightning_opt.evaluation import evaluate, sandbox, score, suites
 from lightning_opt.evaluation.suites import MINI_DIR, read_documents
 from lightning_opt.plan import ConfigError
@@ -355,12 +356,10 @@ def test_a_given_context_length_serves_models_that_name_none(make_model: Any, to
 def test_long_scoring_says_where_it_is(
     model: Any, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lightning_opt.evaluation import meter
-
-    monkeypatch.setattr(meter, "SAY_SECONDS", 0.0)
+    monkeypatch.setattr(meter, "LINE_EVERY_S", 0.0)
     caplog.set_level("INFO", "lightning_opt.evaluation")
     evaluate(model, tokenizer, {"limit": 8, "tasks": ["hellaswag"]}, tmp_path)
-    assert "32 answers to weigh: 100 %, about 0:00 left" in caplog.text
+    assert "32 answers to weigh: 100 %, 0.0 s left" in caplog.text
 
 
 @pytest.mark.skipif(not ISOLATED, reason=WHY)
@@ -369,18 +368,18 @@ def test_running_programs_says_where_it_is(
 ) -> None:
     from lm_eval.models.huggingface import HFLM
 
-    from lightning_opt.evaluation import humaneval, meter
-
-    monkeypatch.setattr(meter, "SAY_SECONDS", 0.0)
+    monkeypatch.setattr(meter, "LINE_EVERY_S", 0.0)
     monkeypatch.setattr(HFLM, "generate_until", lambda _, requests, **__: ["    pass\n"] * len(requests))
+    ran, run = [], sandbox.Rooms.run
+    monkeypatch.setattr(sandbox.Rooms, "run", lambda self, some, *told: ran.append(len(some)) or run(self, some, *told))
     caplog.set_level("INFO", "lightning_opt.evaluation")
     evaluate(model, tokenizer, {"limit": 3, "samples": 2, "tasks": ["humaneval"]}, tmp_path)
     told = [line for line in caplog.messages if "programs to run" in line]
-    assert [line.split(", about")[0] for line in told] == [
-        f"evaluation, 6 programs to run: {round(100 * done / 6)} %" for done in range(1, 7)
+    assert [line.split(" %, ")[0] for line in told] == [
+        f"evaluation, 6 programs to run: {round(100 * done / 6)}" for done in range(1, 7)
     ]
-    assert told[-1].endswith("0:00 left")
-    assert humaneval._ran == []
+    assert told[-1].endswith("100 %, 0.0 s left")
+    assert ran == [6]  # all at once
 
 
 def test_hub_that_does_not_answer_skips_with_the_reason(

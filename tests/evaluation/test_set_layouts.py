@@ -9,8 +9,8 @@ import pytest
 
 from lightning_opt.evaluation.layouts import as_on_hub
 from lightning_opt.evaluation.offline import write_tasks
-from lightning_opt.evaluation.sources import SOURCES, STUDY
 from lightning_opt.evaluation.suites import local_files, read_documents
+from lightning_opt.evaluation.task_table import SOURCES, STUDY
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def requests(task: Any) -> list[list[tuple[str, str]]]:
 
 
 def test_all_ten_load_with_a_right_answer_among_their_choices(tasks: dict[str, Any], shared_data: Path) -> None:
-    from lightning_opt.evaluation.documents import _gold
+    from lightning_opt.evaluation.document_records import _gold
 
     for name in STUDY:
         task = tasks[name]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from lightning_opt import models
-from lightning_opt.models import apart, causal_lm_loss, documents, keep_documents_apart
+from lightning_opt.models import apart, causal_lm_loss, document_masks, keep_documents_apart
 
 pytestmark = pytest.mark.gpu
 
@@ -47,7 +47,7 @@ def test_blocks_give_what_the_dense_mask_gives(kind: str, monkeypatch: pytest.Mo
     assert isinstance(apart(batch()[0], END)["attention_mask"], BlockMask)
     flex, by_flex = loss_and_gradients(model, separator=END)
     across, _ = loss_and_gradients(model)
-    monkeypatch.setattr(documents, "_blocks", documents._dense)
+    monkeypatch.setattr(document_masks, "_blocks", document_masks._dense)
     dense, by_dense = loss_and_gradients(model, separator=END)
     assert flex == pytest.approx(dense, rel=1e-4)
     assert abs(across - dense) > 1e-3

@@ -90,6 +90,11 @@ MORE = [
     (["max_steps=5"], "max_steps = 5: ", "did you mean trainer.max_steps?"),
     (["seed=${oc.env:NO_SUCH_VARIABLE}"], "seed = ", "NO_SUCH_VARIABLE"),
     (["evaluation.suite=maxi"], "evaluation.suite = maxi: ", "mini"),
+    (
+        ["callbacks.sample_scores.every_n_steps=9", "callbacks.sample_scores.scorer.tasks=[mmmlu]"],
+        "callbacks.sample_scores.scorer.tasks = mmmlu: ",
+        "did you mean mmlu?",
+    ),
     (["--no-such-flag"], "command line = ", "--help"),
     (["--cfg", "job", "optimizer=lionn"], "optimizer = lionn: ", "did you mean lion?"),
 ]

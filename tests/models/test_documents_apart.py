@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
 
 from lightning_opt import models
-from lightning_opt.models import apart, causal_lm_loss, documents, keep_documents_apart
+from lightning_opt.models import apart, causal_lm_loss, document_masks, keep_documents_apart
 from lightning_opt.plan import ConfigError
 from lightning_opt.training import PretrainModule
 
@@ -129,7 +129,7 @@ def test_blocks_are_those_that_torch_finds_by_looking_at_every_pair(length: int,
     ids = torch.ones(rows, length, dtype=torch.int64)
     ids[0, [cut for cut in cuts if cut < length]] = END
     numbered = (ids == END).cumsum(1)
-    ours = documents._blocks(numbered)
+    ours = document_masks._blocks(numbered)
     theirs = create_block_mask(ours.mask_mod, rows, None, length, length, device="cpu")
     assert ours.shape == theirs.shape
     for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
@@ -145,7 +145,7 @@ def test_flex_attention_gives_what_the_dense_mask_gives(kind: str, monkeypatch: 
     keep_documents_apart(model)
     with torch.no_grad():
         dense = causal_lm_loss(model, ROWS[:, :-1], ROWS[:, 1:], separator=END).nll
-        monkeypatch.setattr(documents, "_dense", documents._blocks)
+        monkeypatch.setattr(document_masks, "_dense", document_masks._blocks)
         flex = causal_lm_loss(model, ROWS[:, :-1], ROWS[:, 1:], separator=END).nll
     across = causal_lm_loss(model, ROWS[:, :-1], ROWS[:, 1:]).nll
     assert flex.item() == pytest.approx(dense.item(), rel=1e-5)

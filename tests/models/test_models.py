@@ -12,7 +12,7 @@ import yaml
 from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 
 from lightning_opt import models
-from lightning_opt.plan import ConfigError
+from lightning_opt.plan import ConfigError, HubLost
 
 TINY = {
     "hidden_size": 32,
@@ -135,6 +135,12 @@ def test_continued_training_from_a_folder(tmp_path: Path) -> None:
         models.build({**config, "context_length": 17}, vocab_size=64, instantiate=instantiate)
     with pytest.raises(ConfigError, match=r"model\.path"):
         models.build({**config, "path": str(tmp_path / "none")}, vocab_size=64, instantiate=instantiate)
+
+
+def test_a_model_on_a_hub_that_is_lost_is_no_mistake_in_the_config() -> None:
+    """Switched off here, as in all tests."""
+    with pytest.raises(HubLost, match=r"^model\.path = some-org/model: the hub gave up on us .*model\.path=FOLDER"):
+        models.hf(path="some-org/model", context_length=8)
 
 
 @pytest.mark.parametrize("mode", ["every_0", "sometimes", "every_x"])

@@ -128,6 +128,8 @@ def test_epochs_wait_for_the_data():
         ({"schedule": {"name": "wsd", "warmup": 0.1, "decay": 0}}, "schedule.decay = 0: ", "> 0"),
         ({"model__vocab_size": 64}, "model.vocab_size = 64: ", ">= 257"),
         ({"data__val_fraction": 0.6}, "data.val_fraction = 0.6: ", "<= 0.5"),
+        ({"data__name": None}, "data.name = null: ", "name: mine"),
+        ({"data": {"name": "mine"}}, "data.sequence_length = null: ", "${model.context_length}"),
         ({"trainer__max_tokens": 100}, "trainer.max_tokens = 100: ", "2048"),
         (
             {"trainer__global_batch_size": 9, "trainer__micro_batch_size": 2},

@@ -88,6 +88,9 @@ def test_another_model_is_refused_whatever_is_allowed():
 def test_what_changes_no_weight_and_no_batch_may_differ():
     now = made(optimizer__implementation="eager", model__context_length=512, model__activation_checkpointing="full")
     assert check_same(made(), now, [], "runs/x") == []
+    with_experts = made(model__experts_implementation="auto")
+    assert check_same(with_experts, made(model__experts_implementation="eager"), [], "runs/x") == []
+    assert check_same(made(), with_experts, [], "runs/x") == []  # saved before the key was there
     gpt2 = {"_target_": "lightning_opt.models.gpt2", "context_length": 256}  # whose positions are weights
     assert "context_length" in refusal(made(model={**gpt2, "context_length": 128}), saved=made(model=gpt2))
 

@@ -115,10 +115,21 @@ def test_a_run_with_other_steps_than_the_records_is_told(caplog, tokens, told):
     from lightning_opt.job import notices
 
     with caplog.at_level("INFO"):
-        notices.tuning({"source": "S", "tokens_per_step": 128 * 4096, "values": {}}, tokens)
-        notices.tuning(None, tokens)
+        notices.tuning({"source": "S", "tokens_per_step": 128 * 4096, "values": {}}, tokens, 10**9)
+        notices.tuning(None, tokens, 10**9)
     lines = [record.getMessage() for record in caplog.records]
     assert bool(lines) == told
     if told:
         assert "524,288 tokens per step" in lines[0]
         assert "32,768" in lines[0]
+
+
+@pytest.mark.parametrize(("tokens", "told"), [(409_600, False), (819_200, False), (1_638_400, True), (16_384, False)])
+def test_a_run_much_longer_than_the_records_is_told(caplog, tokens, told):
+    from lightning_opt.job import notices
+
+    record = tuned("muon", "pico", "demo")
+    assert record.tokens == 409_600
+    assert tuned("muon", "llama_130m", "1x").tokens is None  # the scale says it
+    notices.tuning({"tokens": record.tokens, "tokens_per_step": 2048}, 2048, tokens)
+    assert [record.getMessage().split(",")[0].strip() for record in caplog.records] == ["tuned at 409"] * told

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from lightning_opt.reports import downstream
+from lightning_opt.reports import downstream, downstream_page
 from lightning_opt.reports.downstream_page import write_scores
 
 
@@ -129,6 +129,11 @@ def test_broken_and_other_suites_are_not_compared(tmp_path: Path) -> None:
         (["runs/a/x", "runs/a/y"], ["x", "y"]),
         (["x", "x"], ["x (1)", "x (2)"]),
         (["m"], ["m"]),
+        (["runs/lion/20261123T174216Z-b70293fb", "runs/adamw/20261123T174057Z-d235fdae"], ["lion", "adamw"]),
+        (
+            ["runs/lion/20261123T174216Z-b70293fb", "runs/lion/20261123T174057Z-d235fdae", "my/model"],
+            ["lion/20261123T174216Z-b70293fb", "lion/20261123T174057Z-d235fdae", "my/model"],
+        ),
     ],
 )
 def test_labels_are_the_shortest_ends_that_differ(names: list[str], expected: list[str]) -> None:
@@ -163,3 +168,11 @@ def test_always_the_most_frequent_answer_is_no_better_than_chance() -> None:
     assert "always the most frequent answer" in boolq.words
     assert Score("boolq", "acc", 0.70, 0.0085, n=3270, chance=0.5, majority=0.622).judgement == "above"
     assert Score("piqa", "acc", 0.62, 0.0113, n=1838, chance=0.5, majority=0.505).judgement == "above"
+
+
+def test_intervals_are_wider_where_documents_are_few() -> None:
+    shown = [
+        downstream_page._interval(downstream.Difference("t", "acc", "a", "b", 0.0, 1.0, 1.0, n), 1, 2)
+        for n in (3, 9999)
+    ]
+    assert [line.split("[")[1] for line in shown] == ["\N{MINUS SIGN}4.30, +4.30]", "\N{MINUS SIGN}1.96, +1.96]"]

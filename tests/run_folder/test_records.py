@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import math
 import random
@@ -16,11 +17,13 @@ from pathlib import Path
 import pytest
 
 from lightning_opt.run_folder import (
+    NoJson,
     RunFolder,
     Status,
     append_event,
     read_events,
     read_json,
+    read_json_lines,
     read_metrics,
     read_status,
     records,
@@ -205,3 +208,17 @@ def test_an_append_leaves_all_or_nothing(tmp_path: Path) -> None:
     path.write_text("a" * 50 + "\n")
     assert subprocess.run([sys.executable, "-c", code, str(path)], timeout=60).returncode == 7
     assert path.read_text() == "a" * 50 + "\n"
+
+
+def test_json_lines_are_read_packed_or_not_and_a_broken_one_is_named(tmp_path: Path) -> None:
+    lines = b'{"a": 1}\n\n[2, "\xe2\x80\xa8"]\n{"cut": \n"last"'
+    (tmp_path / "x.jsonl").write_bytes(lines)
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(lines))
+    for path in (tmp_path / "x.jsonl", tmp_path / "x.jsonl.gz"):
+        assert list(read_json_lines(path, torn=True)) == [{"a": 1}, [2, "\u2028"], "last"]
+        with pytest.raises(NoJson, match="line 4: Expecting value") as caught:
+            list(read_json_lines(path))
+        assert caught.value.line == 4
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(lines)[:-9])
+    with pytest.raises(EOFError):
+        list(read_json_lines(tmp_path / "x.jsonl.gz", torn=True))

@@ -1,6 +1,6 @@
 """The inside of the sandbox: builds the closed room, then runs one program after another in it. Standard library only.
 
-Started by `sandbox.Sandbox` as a fresh interpreter with an empty environment; its source comes by stdin, so that no
+Started by `room.Sandbox` as a fresh interpreter with an empty environment; its source comes by stdin, so that no
 path of the host is in its memory. Frames on stdin and stdout: four bytes of length, then JSON. The first answer is
 `{"ready": true, "user": 61999, "one_user": false}`, once an empty program has passed with every right given up,
 or `{"error": why}`.
@@ -53,6 +53,7 @@ _LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
 
 Limits = collections.namedtuple("Limits", "seconds memory_bytes processes file_bytes open_files folder_bytes")
 _TRIAL = Limits(10.0, 512 << 20, 4, 1 << 20, 32, 1 << 20)
+_ROOMS = 64
 
 
 def _read_exactly(fd: int, count: int) -> bytes:
@@ -73,8 +74,8 @@ def _send(fd: int, message: dict) -> None:
         view = view[os.write(fd, view) :]
 
 
-def _free_user() -> int:
-    """A user id that no account and no running process has."""
+def _free_user(number: int) -> int:
+    """A user id that no account, no running process and no room of another number has."""
     taken = set()
     with contextlib.suppress(OSError), open("/etc/passwd", encoding="utf-8", errors="replace") as accounts:
         taken.update(line.split(":")[2] for line in accounts if line.count(":") >= 3)
@@ -84,18 +85,18 @@ def _free_user() -> int:
                 taken.add(str(entry.stat().st_uid))
     choice = random.SystemRandom()
     while True:
-        user = choice.randrange(61_184, 65_520)  # below 65536: containers may map no more
+        user = choice.randrange(61_184 + number % _ROOMS, 65_520, _ROOMS)  # below 65536: containers may map no more
         if str(user) not in taken:
             return user
 
 
-def _make_namespaces() -> tuple[int, bool]:
+def _make_namespaces(number: int) -> tuple[int, bool]:
     """The user id for candidates, and whether the room knows that one alone (then nobody can change the user).
 
     Root that may not make namespaces makes them in a user namespace, and candidates must not be root of the host there
     either: no process limit binds it (getrlimit(2), RLIMIT_NPROC), whatever it is called inside.
     """
-    user = _free_user()
+    user = _free_user(number)
     flags = kernel.NEW_NS | kernel.NEW_PID | kernel.NEW_NET | kernel.NEW_IPC | kernel.NEW_UTS
     outer_user, outer_group = os.geteuid(), os.getegid()
     if outer_user == 0:
@@ -349,9 +350,10 @@ def main() -> None:
     null = os.open("/dev/null", os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(null, standard)
+    number = int(sys.argv.pop())
     sys.executable, sys.orig_argv = "", []
     try:
-        user, mapped = _make_namespaces()
+        user, mapped = _make_namespaces(number)
         inner = os.fork()
     except OSError as error:
         _send(answers, {"error": f"this machine grants no namespaces ({error})"})

@@ -24,7 +24,6 @@ Standard library only, Linux only.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
 import json
@@ -40,7 +39,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 _LOG = logging.getLogger("lightning_opt.evaluation")
-_FILES = ("sandbox_kernel", "sandbox_server")
+_FILES = {"sandbox_kernel": "kernel.py", "sandbox_server": "server.py"}
 # Run from text, not from files: a program could read their path.
 _START = """
 import json, sys, types
@@ -128,6 +127,10 @@ class Verdict:
 class Sandbox:
     """A closed room that runs one program at a time; starts at the first `run`, and again should it die.
 
+    Args:
+        limits: of each program.
+        number: of those that stand side by side: below 64, no two of them use the same user id.
+
     Attributes:
         user: the user id that programs run as, once started.
 
@@ -135,8 +138,8 @@ class Sandbox:
         SandboxError: from `start` and `run`, where the machine cannot isolate programs.
     """
 
-    def __init__(self, limits: Limits | None = None) -> None:
-        self.limits = limits or Limits()
+    def __init__(self, limits: Limits | None = None, number: int = 0) -> None:
+        self.limits, self._number = limits or Limits(), number
         self.user: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
@@ -155,9 +158,9 @@ class Sandbox:
         if not sys.platform.startswith("linux"):
             raise SandboxError(f"isolation needs Linux namespaces, this is {sys.platform}")
         folder = Path(__file__).resolve().parent
-        sources = {name: (folder / f"{name}.py").read_text("utf-8") for name in _FILES}
+        sources = {name: (folder / file).read_text("utf-8") for name, file in _FILES.items()}
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", "-c", _START],
+            [sys.executable, "-I", "-S", "-B", "-c", _START, str(self._number)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -232,14 +235,6 @@ class Sandbox:
                 return None
             buffer += part
         return buffer
-
-
-@functools.cache
-def shared(limits: Limits = Limits()) -> Sandbox:
-    """The sandbox of this process for these limits; ended at exit."""
-    sandbox = Sandbox(limits)
-    atexit.register(sandbox.close)
-    return sandbox
 
 
 def _home_entries() -> list[str]:

@@ -14,10 +14,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lightning_opt.evaluation import documents
-from lightning_opt.evaluation.agents_scores import IDLE, read_results, score_domain, task_records
-from lightning_opt.evaluation.agents_settings import DOMAINS, AgentSettings, folder_of
-from lightning_opt.evaluation.agents_tau2 import Tau2, find_tau2, named, run_domain, served_model
+from lightning_opt.evaluation import document_records
+from lightning_opt.evaluation.agents.scores import IDLE, read_results, score_domain, task_records
+from lightning_opt.evaluation.agents.settings import DOMAINS, AgentSettings, folder_of
+from lightning_opt.evaluation.agents.tau2 import Tau2, find_tau2, named, run_domain, served_model
 from lightning_opt.evaluation.score import DOCUMENTS
 from lightning_opt.plan import ConfigError
 from lightning_opt.plan.secrets import guarding
@@ -50,6 +50,10 @@ def evaluate_agent(settings: AgentSettings, say: Callable[[str], None] = _LOG.in
         tau2 = find_tau2(settings)
         config = _config(settings, tau2)
         _refuse_others(folder, kept.get("config", {}), config)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError("out", str(folder), f"must be a folder we can write to ({error.strerror})") from None
         results = kept or {"results": {}, "n-samples": {}, "versions": {}, "n-shot": {}, "higher_is_better": {}}
         results |= {"config": config, "model_name": settings.model, "suite": "agents"}
         started, before = time.monotonic(), results.get("evaluation_seconds", 0.0)
@@ -70,12 +74,18 @@ def evaluate_agent(settings: AgentSettings, say: Callable[[str], None] = _LOG.in
 
 def _write_records(folder: Path) -> None:
     found = ((domain, read_results(folder / domain)) for domain in DOMAINS)
-    documents.write(folder / DOCUMENTS, [record for name, kept in found if kept for record in task_records(name, kept)])
+    document_records.write(
+        folder / DOCUMENTS, [record for name, kept in found if kept for record in task_records(name, kept)]
+    )
 
 
 def _kept(folder: Path) -> dict[str, Any]:
     path = folder / "results.json"
-    kept = read_json(path) if path.is_file() else {}
+    try:
+        kept = read_json(path) if path.is_file() else {}
+    except ValueError:
+        how = "must be whole, and is cut or no JSON: delete it, and conversations that were held are scored again"
+        raise ConfigError("out", str(path), how) from None
     if kept.get("suite", "agents") != "agents":
         raise ConfigError("out", str(folder), "must be a folder of its own: it holds other results")
     return kept

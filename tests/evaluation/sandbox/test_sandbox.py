@@ -250,7 +250,7 @@ def test_room_ends_with_its_owner(tmp_path: Path) -> None:
 
 
 def test_no_isolation_no_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox.sys, "platform", "darwin")
+    monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(sandbox.SandboxError, match="darwin"):
         Sandbox().run("x = 1")
 
@@ -293,9 +293,9 @@ def test_programs_see_no_installed_package_and_no_path_of_ours(room: Sandbox) ->
 
 
 def copied(folder: Path, *replaced: str) -> Path:
-    """The sandbox's three files alone in a folder that all may read; pairs of old and new text, each once there."""
+    """The room's three files alone in a folder that all may read; pairs of old and new text, each once there."""
     folder.chmod(0o755)
-    names = ("sandbox.py", "sandbox_kernel.py", "sandbox_server.py")
+    names = ("room.py", "kernel.py", "server.py")
     texts = {name: (Path(sandbox.__file__).parent / name).read_text() for name in names}
     for old, new in zip(replaced[::2], replaced[1::2], strict=True):
         assert sum(text.count(old) for text in texts.values()) == 1
@@ -322,7 +322,7 @@ def copied(folder: Path, *replaced: str) -> Path:
 def test_without_what_holds_there_is_no_sandbox(tmp_path: Path, replaced: tuple[str, str], said: str) -> None:
     if replaced[0].startswith("_AUDIT") and os.uname().machine != "x86_64":
         pytest.skip("the replaced entry is that of x86-64")
-    code = "import sandbox; print(*sandbox.available())"
+    code = "import room; print(*room.available())"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, cwd=copied(tmp_path, *replaced), check=True)
     assert re.match(f"False .*{said}", done.stdout), done.stdout
@@ -348,7 +348,7 @@ def test_an_ordinary_user_gets_the_same_isolation() -> None:
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         code = (
-            "import json, sandbox, sys\nok, why = sandbox.available()\nprint(ok, why)\n"
+            "import json, sys\nimport room as sandbox\nok, why = sandbox.available()\nprint(ok, why)\n"
             "room = sandbox.Sandbox(sandbox.Limits(seconds=1))\nroom.start()\nprocess = room._process\n"
             "for bad in json.load(sys.stdin):\n"
             "    assert not room.run(bad).passed, bad\n"
@@ -390,7 +390,8 @@ def as_root_without(folder: Path, *capabilities: int) -> list[str]:
             assert libc.prctl(24, capability, 0, 0, 0) == 0  # PR_CAPBSET_DROP; the program is run with what is left
 
     code = (
-        "import os, sandbox, sys\nassert os.getuid() == 0\nok, why = sandbox.available()\nprint(ok, why)\n"
+        "import os, sys\nimport room as sandbox\nassert os.getuid() == 0\n"
+        "ok, why = sandbox.available()\nprint(ok, why)\n"
         "print(ok and sandbox.Sandbox().run(sys.stdin.read()).reason)"
     )
     command = [sys.executable, "-c", code]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,12 +16,12 @@ from data_samples import make_texts, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_opt.data import sources
-from lightning_opt.plan import ConfigError
+from lightning_opt.data import text_files
+from lightning_opt.plan import ConfigError, HubLost
 
 
 def read(path: Path) -> list[str]:
-    return list(sources.read_documents(path))
+    return list(text_files.read_documents(path))
 
 
 def as_jsonl(texts: list[str], column: str = "text") -> bytes:
@@ -55,7 +57,7 @@ def test_progress_adds_up_to_the_file(tmp_path: Path, suffix: str) -> None:
     else:
         path.write_bytes({".jsonl.gz": gzip.compress, ".jsonl.zst": zstandard.compress}.get(suffix, bytes)(raw))
     told: list[int] = []
-    list(sources.read_documents(path, on_bytes=told.append))
+    list(text_files.read_documents(path, on_bytes=told.append))
     size = path.stat().st_size
     assert size * 0.99 <= sum(told) <= size
     assert min(told) >= 0
@@ -70,7 +72,7 @@ def test_a_text_file_is_cut_but_nothing_is_lost(
     path.write_bytes((b"\xef\xbb\xbf" if bom else b"") + text.encode())
     pieces = read(path)
     assert "".join(pieces) == text or (not text[len("".join(pieces)) :].strip() and text.startswith("".join(pieces)))
-    assert all(len(piece) <= 2 * sources.PIECE_CHARACTERS + 4 * sources.PIECE_CHARACTERS for piece in pieces)
+    assert all(len(piece) <= 2 * text_files.PIECE_CHARACTERS + 4 * text_files.PIECE_CHARACTERS for piece in pieces)
 
 
 def test_one_endless_line_is_cut_between_characters(tmp_path: Path) -> None:
@@ -139,7 +141,7 @@ def test_corpora_of_a_folder(tmp_path: Path) -> None:
             [p.relative_to(tmp_path).as_posix() for p in c.train],
             [p.relative_to(tmp_path).as_posix() for p in c.val],
         )
-        for name, c in sources.discover(tmp_path).items()
+        for name, c in text_files.discover(tmp_path).items()
     }
     assert found == {
         "big": (["big-00000-of-00002.jsonl.zst", "big-00001-of-00002.jsonl.zst"], []),
@@ -154,12 +156,12 @@ def test_corpora_of_a_folder(tmp_path: Path) -> None:
 
 def test_folders_that_hold_nothing_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^data.path = .*none: must be an existing folder"):
-        sources.discover(tmp_path / "none")
+        text_files.discover(tmp_path / "none")
     with pytest.raises(ConfigError, match="at least one"):
-        sources.discover(tmp_path)
+        text_files.discover(tmp_path)
     write_jsonl(tmp_path / "a_val.jsonl", ["x"])
     with pytest.raises(ConfigError, match=r"training files beside a_val\.jsonl"):
-        sources.discover(tmp_path)
+        text_files.discover(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -179,11 +181,36 @@ def test_folders_that_hold_nothing_are_refused(tmp_path: Path) -> None:
 )
 def test_wrong_weights(weights: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        sources.check_weights(weights, ["a", "b"])
+        text_files.check_weights(weights, ["a", "b"])
 
 
 def test_weights_become_shares() -> None:
-    assert sources.check_weights(None, ["a", "b"]) == {"a": 0.5, "b": 0.5}
-    assert sources.check_weights({"a": 0, "b": 3, "c": 0}, ["a", "b"]) == {"a": 0.0, "b": 1.0}
-    study = sources.check_weights("study", ["code", "math", "web"])
+    assert text_files.check_weights(None, ["a", "b"]) == {"a": 0.5, "b": 0.5}
+    assert text_files.check_weights({"a": 0, "b": 3, "c": 0}, ["a", "b"]) == {"a": 0.0, "b": 1.0}
+    study = text_files.check_weights("study", ["code", "math", "web"])
     assert study == pytest.approx({"web": 0.9257, "code": 0.0609, "math": 0.0134})
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.txt"])
+def test_a_hub_lost_while_a_file_is_read_is_no_fault_of_the_file(name: str) -> None:
+    class Lost(io.RawIOBase):
+        def readable(self) -> bool:
+            return True
+
+        def seekable(self) -> bool:
+            return True
+
+        at = 0
+
+        def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+            self.at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: 1000}[whence]
+            return self.at
+
+        def tell(self) -> int:
+            return self.at
+
+        def readinto(self, buffer: Any) -> int:
+            raise HubLost("gave up")
+
+    with pytest.raises(HubLost, match="gave up"):
+        list(text_files.Reading(name, name[1:]).rows(io.BufferedReader(Lost())))

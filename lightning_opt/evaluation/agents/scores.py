@@ -101,7 +101,7 @@ def score_domain(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def task_records(domain: str, results: dict[str, Any]) -> list[dict[str, Any]]:
-    """One record for each task, as `documents` has one for each document: for comparisons of two agents on the same."""
+    """One record for each task, as `document_records` has one for each document: to compare two agents on the same."""
     held = score_domain(results)["tasks"]
     records = []
     for place, task in enumerate(results["tasks"]):

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from scripted_endpoint import Script, served
 
-from lightning_opt.evaluation import agents_scores, agents_settings
+from lightning_opt.evaluation.agents import scores, settings
 from lightning_opt.plan import ConfigError
 from recipes import evaluate_agent
 
@@ -69,7 +69,7 @@ def install(folder: Path, name: str, version: str, summary: str) -> Path:
 
 @pytest.fixture
 def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
-    for domain in agents_settings.DOMAINS:
+    for domain in settings.DOMAINS:
         path = tmp_path / "data" / "tau2" / "domains" / domain / "tasks.json"
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(TASKS))
@@ -220,6 +220,24 @@ def refused(desk: Desk, capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return told
 
 
+def test_a_cut_file_and_a_folder_that_cannot_be_made_are_one_line_each(
+    desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (desk.folder / "taken").write_text("")
+    desk.out = desk.folder / "taken" / "scores"
+    told = refused(desk, capsys, "model=gold")
+    assert told.startswith("out = ")
+    assert ": must be a folder we can write to" in told
+    desk.out = desk.folder / "scores"
+    desk.out.mkdir()
+    (desk.out / "results.json").write_text('{"suite": "agents", "resul')
+    assert desk.run("model=gold") == 2
+    told = capsys.readouterr().err
+    assert told.startswith("out = ")
+    assert ": must be whole, and is cut or no JSON: delete it" in told
+    assert not desk.script.heard
+
+
 def test_without_tau2_there_is_one_clear_line(
     desk: Desk, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,7 +277,7 @@ def test_an_older_tau2_is_refused(
 
 
 def test_a_virtual_environments_python_is_found_beside_the_command(tmp_path: Path) -> None:
-    from lightning_opt.evaluation.agents_tau2 import interpreter
+    from lightning_opt.evaluation.agents.tau2 import interpreter
 
     (tmp_path / "venv").mkdir()
     for name in ("tau2", "python"):
@@ -306,11 +324,11 @@ def test_the_endpoint_is_asked_first(desk: Desk, capsys: pytest.CaptureFixture[s
 )  # fmt: skip
 def test_wrong_words_are_refused(words: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        agents_settings.parse_words(words)
+        settings.parse_words(words)
 
 
 def test_words_become_settings() -> None:
-    found = agents_settings.parse_words(["url=https://h:1/v1/", "domains=airline", "tasks=5", "seed=0", "user=null"])
+    found = settings.parse_words(["url=https://h:1/v1/", "domains=airline", "tasks=5", "seed=0", "user=null"])
     assert (found.url, found.domains, found.tasks, found.seed, found.user) == (
         "https://h:1/v1",
         ("airline",),
@@ -319,7 +337,7 @@ def test_words_become_settings() -> None:
         None,
     )
     assert found.trials == 4
-    assert agents_settings.folder_of(found) == Path("runs/agents/agent")
+    assert settings.folder_of(found) == Path("runs/agents/agent")
 
 
 def test_help_shows_examples_and_imports_no_torch() -> None:
@@ -341,13 +359,13 @@ def test_pass_hat_k_is_the_share_of_draws_that_all_succeed(trials: int, successe
     held = [index < successes for index in range(trials)]
     for k in range(1, trials + 1):
         draws = list(itertools.combinations(held, k))
-        assert agents_scores.pass_hat_k(trials, successes, k) == pytest.approx(sum(map(all, draws)) / len(draws))
+        assert scores.pass_hat_k(trials, successes, k) == pytest.approx(sum(map(all, draws)) / len(draws))
 
 
 @pytest.mark.parametrize(("trials", "successes", "k"), [(2, 3, 1), (2, 1, 3), (2, 1, 0), (2, -1, 1)])
 def test_impossible_counts_are_refused(trials: int, successes: int, k: int) -> None:
     with pytest.raises(ValueError, match="pass"):
-        agents_scores.pass_hat_k(trials, successes, k)
+        scores.pass_hat_k(trials, successes, k)
 
 
 def simulation(name: str, trial: int, reward: float | None, reason: str = "user_stop", **more: Any) -> dict[str, Any]:
@@ -367,14 +385,14 @@ def tool(error: bool, requestor: str = "assistant") -> dict[str, Any]:
 
 
 def test_scores_of_a_domain() -> None:
-    found = agents_scores.score_domain(
+    found = scores.score_domain(
         {
             "simulations": [
                 simulation("a", 0, 1.0, messages=[tool(False), tool(True), tool(True, requestor="user")]),
                 simulation("a", 1, 0.0, messages=[{"role": "tool", "tool_messages": [tool(False), tool(False)]}]),
                 simulation("b", 0, 1.0), simulation("b", 1, 1.0),
                 simulation("c", 0, None, "too_many_errors"), simulation("c", 1, 0.5),
-                simulation("c", 2, None, agents_scores.BROKEN),
+                simulation("c", 2, None, scores.BROKEN),
             ]
         }
     )  # fmt: skip
@@ -386,14 +404,14 @@ def test_scores_of_a_domain() -> None:
     assert found["pass"][2]["value"] == pytest.approx(1 / 3)
     assert (found["n"], found["conversations"], found["broken"]) == (3, 6, 1)
     assert (found["tool_calls"], found["tool_call_success"]) == (4, 0.75)
-    assert found["endings"] == {"user_stop": 5, "too_many_errors": 1, agents_scores.BROKEN: 1}
+    assert found["endings"] == {"user_stop": 5, "too_many_errors": 1, scores.BROKEN: 1}
 
 
 def broken(kind: str, error: str, place: str) -> dict[str, Any]:
     """As tau2 1.0.1 records it (seen there with the scripted models ``garbled`` and ``empty``)."""
     trace = f'File "/x/src/tau2/{place}", line 1, in f\n{kind}: {error}\n'
     info = {"error": error, "error_type": kind, "error_traceback": trace, "failed_after_attempts": 4}
-    return simulation("a", 0, None, agents_scores.BROKEN, info=info)
+    return simulation("a", 0, None, scores.BROKEN, info=info)
 
 
 @pytest.mark.parametrize(
@@ -408,7 +426,7 @@ def broken(kind: str, error: str, place: str) -> dict[str, Any]:
     ],
 )
 def test_the_agents_own_faults_are_failures_and_those_of_others_are_not(run: dict[str, Any], failed: bool) -> None:
-    found = agents_scores.score_domain({"simulations": [run]})
+    found = scores.score_domain({"simulations": [run]})
     assert (found["unreadable"], found["broken"], found["n"]) == (int(failed), int(not failed), int(failed))
     assert found["tasks"] == ({"a": {"trials": 1, "successes": 0}} if failed else {})
 
@@ -420,15 +438,15 @@ def test_results_in_a_folder_of_simulations_are_read_too(tmp_path: Path) -> None
     for name in ("one", "two"):
         (tmp_path / "simulations" / f"{name}.json").write_text(json.dumps(simulation(name, 0, 1.0)))
     (tmp_path / "simulations" / ".sim_x.json").write_text("{")
-    found = agents_scores.read_results(tmp_path)
-    assert agents_scores.score_domain(found)["tasks"].keys() == {"one", "two"}
+    found = scores.read_results(tmp_path)
+    assert scores.score_domain(found)["tasks"].keys() == {"one", "two"}
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"info": {}, "tasks": [], "simulations": [3]}'])
 def test_what_is_no_result_of_tau2_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "results.json").write_text(text)
     with pytest.raises(ConfigError, match=r"must be results of tau2 1.x"):
-        agents_scores.read_results(tmp_path)
+        scores.read_results(tmp_path)
 
 
 # -- the real one --

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lightning_opt.evaluation.agents_settings import AgentSettings
+from lightning_opt.evaluation.agents.settings import AgentSettings
 from lightning_opt.plan import ConfigError, one_of
 from lightning_opt.plan.secrets import mask
 from lightning_opt.run_folder import write_json

@@ -122,7 +122,8 @@ def check_weights(weights: object, names: list[str], *, field_name: str = "data.
         )
     for name, weight in weights.items():
         if check_value("data.weights.*", weight, field=f"{field_name}.{name}") and name not in names:
-            raise ConfigError(f"{field_name}.{name}", weight, f"must name a corpus that is there: {', '.join(names)}")
+            what = f"must name a corpus that is there: {', '.join(names)}; {field_name}.{name}=0 leaves it out"
+            raise ConfigError(f"{field_name}.{name}", weight, what)
     missing = [name for name in names if name not in weights]
     if missing:
         raise ConfigError(field_name, weights, f"must name {', '.join(missing)} too; 0 leaves a corpus out on purpose")
