@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning_opt.plan import duration
 from lightning_opt.run_folder.records import write_text
 from lightning_opt.study.cells import REPORTING, Key, Ledger, Outcome, Trial, read_ledger
 from lightning_opt.study.forecast import Forecast, Speeds, counts, forecast
@@ -140,14 +141,6 @@ def _row(design: Design, one: CellStanding, ledger: Ledger) -> tuple[str, ...]:
 
 def _most(left: Forecast) -> str:
     return f"{left.runs} runs known" if left.open else f"at most {left.runs} runs"
-
-
-def duration(seconds: float) -> str:
-    """``40 s``, ``12 min``, ``3.5 h``, ``2.1 days``."""
-    for unit, size, digits in (("days", 86400.0, 1), ("h", 3600.0, 1), ("min", 60.0, 0)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.{digits}f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 class Progress:

@@ -14,6 +14,7 @@ from lightning_opt.plan import ConfigError
 from lightning_opt.run_folder.records import write_text
 from lightning_opt.study.hyper_laws import HYPER_LAW_COLUMNS, JointLaw, fit_joint_law, law_row, tuned_laws
 from lightning_opt.study.laws import LossLaw, NotEnoughCells
+from lightning_opt.study.recorded import recorded_gains
 from lightning_opt.study.results import Cell, Results, non_embedding, read_results
 from lightning_opt.study.sensitivity import NEAR, Sensitivity, recorded_trials, sensitivity
 from lightning_opt.study.significance import Noise, pooled
@@ -77,6 +78,7 @@ def replay(
     if noise is None:
         raise ConfigError("sigma", None, "must be a number (nats) for a table in which no cell has two seeds")
     found = analyse(results, out, baseline=baseline, fit=fit, sigma=noise, level=level)
+    found.facts["notes"] += _gain_notes(results)
     if settled is None:
         return found
     found.facts.update(phase_two(results, settled, near))
@@ -317,6 +319,16 @@ def _joint_note(joint: JointLaw | str) -> list[str]:
         f"(N / {joint.unit_size:.4g})^-{joint.size_exponent:.3g} + {joint.by_tokens:.4g} "
         f"(D / {joint.unit_tokens:.4g})^-{joint.tokens_exponent:.3g}; it misses them by {joint.error:.4f} nats (root "
         "mean square)."
+    ]
+
+
+def _gain_notes(results: Results) -> list[str]:
+    """What was left on the table: recorded changes of tuned configurations that a descent would have taken."""
+    return [
+        f"{cell.optimizer} {cell.params} {cell.chinchilla:g}x: a descent from the tuned configuration takes a recorded "
+        f"change, {step.axis} = {step.after[step.axis]}, for {step.gain:.4f} nats less."
+        for cell, descent in recorded_gains(results).items()
+        for step in descent.accepted
     ]
 
 

@@ -11,7 +11,7 @@ from recipes.glm45_air_adamw_vs_lion import plans
 _EXAMPLES = """examples:
   ./run_optimizer_benchmark.sh --model_size nano                       # moe_nano, for 2 cores
   ./run_optimizer_benchmark.sh --model_size nano --epochs 20           # twice the tokens, twice the time
-  ./run_optimizer_benchmark.sh --model_size nano evaluation=full evaluation.data_dir=my_eval_sets evaluation.limit=5
+  ./run_optimizer_benchmark.sh --model_size nano evaluation=full evaluation.data_dir=my_eval_sets evaluation.limit=200
   ./run_optimizer_benchmark.sh --model_size mini data.path=my_texts    # 1B parameters, one GPU
   ./run_optimizer_benchmark.sh --model_size air data.path=my_texts     # 8 GPUs and more; see README.md
   ./run_optimizer_benchmark.sh --quick                                 # does it run here?

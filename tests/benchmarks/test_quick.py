@@ -17,7 +17,7 @@ def quick(name: str, repository: Path, out: Path, *more: str) -> dict[str, Any]:
     """The tables of what `python -m benchmarks.<name> --quick` wrote."""
     command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--out", str(out), *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, timeout=480)
     assert done.returncode == 0, done.stderr[-3000:]
     [page] = out.glob(f"*-{name}*-quick.json")
     assert "\n| --- |" in page.with_suffix(".md").read_text(encoding="utf-8")
