@@ -85,10 +85,16 @@ def start_server(preload: Sequence[str]) -> None:
     _CONTEXT.set_forkserver_preload(list(preload))
     resource_tracker.ensure_running()  # before: it lets signals through again when it starts
     # Inherited: what ends a whole group must not end it.
+    with _stops_wait(), environment(_SERVER_ENVIRONMENT):
+        forkserver.ensure_running()
+
+
+@contextmanager
+def _stops_wait() -> Iterator[None]:
+    """Signals that stop are answered only once this is over."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
-        with environment(_SERVER_ENVIRONMENT):
-            forkserver.ensure_running()
+        yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -211,7 +217,8 @@ class Pool:
         if self._places.on_gpu:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(places)
         process = _CONTEXT.Process(target=_work, args=(task.call, environment, self._share, writer))
-        process.start()
+        with _stops_wait():  # half a start leaves a child that prints a traceback
+            process.start()
         if reader is not None and writer is not None:
             writer.close()
             os.set_blocking(reader.fileno(), False)

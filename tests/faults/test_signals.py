@@ -216,7 +216,7 @@ def test_a_sweep_names_the_signal(tmp_path: Path, capsys: Any) -> None:
     folder, asked = SweepFolder(tmp_path), signals.Signals()
     asked.asked = "SIGUSR1"
     folder.write("train.py -m", [], [])
-    assert sweep._end(folder, Status(folder.status, "hash"), ExitCode.PREEMPTED, [], asked) == 143
+    assert sweep._end(folder, Status(folder.status, "hash"), ExitCode.PREEMPTED, [], asked, draw=True) == 143
     assert read_status(folder.status)["reason"] == "stopped by SIGUSR1"
 
 

