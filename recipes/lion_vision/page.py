@@ -36,7 +36,7 @@ def write(folder: Path, found: dict[str, list[Standing]], command: str) -> Path:
         "state": f"{len(found)} models",
         "tone": "muted",
         "subtitle": "Lightning's Trainer with our optimizers alone",
-        "source": "scikit-learn's 1797 digits, 1077 of them for training",
+        "source": "1797 digits that scikit-learn carries, 1077 of them for training,",
         "reading": "How to read this",
         "alarm_tone": "warn",
         "alarm": "",
