@@ -57,6 +57,8 @@ def write(
             measures: cell to name to a tuple of values, one a seed, for the decision matrix: optimizer_ms,
             optimizer_state_bytes, loss_volatility, grad_norm_change, expert_load_cv.
             insensitive, sensitive: optimizer to mapping of hyperparameter to values, from `study.sensitivity`.
+            hyper_laws: the rows of ``hyper_laws.csv`` as mappings: optimizer, key, cells, scale, by_size, by_ratio,
+            constant, held_out (empty where nothing was held out).
             commands: pairs of what it does and the command. notes: sentences. alarm: what must be said first.
 
     Returns:
@@ -196,14 +198,14 @@ def _curves(about: Material) -> Section:
 
 def _sensitivity(about: Material) -> Section:
     drawn = study_pictures.rates(about)
-    table = study_tables.steady(about)
+    tables = tuple(filter(None, (study_tables.steady(about), study_tables.hyper_laws(about))))
     intro = "" if drawn else f"Loss over the rate: {q.NOT_MEASURED}; no cell has runs at two rates."
     if drawn and not about.tried and not about.facts.get("centre"):
         intro = (
             "Recorded changes of each tuned configuration. The table does not say which rate was the tuned one, so the "
             "lowest point of a curve is missing where it lay between the others."
         )
-    return Section("sensitivity", "What the rate does", intro, drawn, (table,) if table else ())
+    return Section("sensitivity", "What the rate does", intro, drawn, tables)
 
 
 def _cost(about: Material) -> Section:

@@ -166,6 +166,42 @@ def laws(about: Material) -> Table | None:
     return Table(f"laws{about.suffix}", "Loss laws", header, body, frozenset({2, 3, 4, 5}), swatches, note)
 
 
+def hyper_laws(about: Material) -> Table | None:
+    """The laws of tuned hyperparameters in model size and data."""
+    found = about.facts.get("hyper_laws") or ()
+    if not found:
+        return None
+    header = ("optimizer", "hyperparameter", "cells", "law", "error at the cell held out")
+    body = tuple(
+        (
+            name_of(str(row.get("optimizer"))),
+            str(row.get("key")),
+            q.integer(row.get("cells")),
+            _power_law(row),
+            _ABSENT if (missed := q.finite(row.get("held_out"))) is None else q.percent(missed),
+        )
+        for row in found
+    )
+    swatches = tuple(about.colours.get(row[0], ("grey", False))[0] for row in body)
+    note = (
+        "N: non-embedding parameters; C: the data ratio. Fitted to the tuned values but the first and the last, which "
+        "is held against the law. Tuned values sit on short grids, so most of these hang on a change or two of value: "
+        "read the error first."
+    )
+    title = "Laws of tuned hyperparameters"
+    return Table(f"hyper-laws{about.suffix}", title, header, body, frozenset({2, 4}), swatches, note)
+
+
+def _power_law(row: Mapping[str, Any]) -> str:
+    scale, by_size, by_ratio, constant = (
+        q.finite(row.get(key)) for key in ("scale", "by_size", "by_ratio", "constant")
+    )
+    if not scale:
+        return f"{q.number(constant, 4)} everywhere"
+    power = f"{q.number(scale, 4)} · N^{q.number(by_size, 3)} · C^{q.number(by_ratio, 3)}"
+    return f"{power} {'-' if (constant or 0) < 0 else '+'} {q.number(abs(constant or 0), 4)}"
+
+
 def _or_note(row: Mapping[str, Any], key: str) -> str:
     return _ABSENT if q.finite(row.get(key)) is None else q.number(row.get(key), 4)
 

@@ -9,7 +9,7 @@ from typing import Any
 from lightning_opt.plan import ConfigError
 from lightning_opt.run_folder import read_json, read_metrics
 from lightning_opt.study.budget import Spent
-from lightning_opt.study.cells import TUNING, Ledger, Outcome, Trial, costs, scores, shown, summary_of
+from lightning_opt.study.cells import TUNING, Ledger, Outcome, Trial, costs, scores, shown, summary_of, time_column
 from lightning_opt.study.phases import CellStanding, Design, Standing
 from lightning_opt.study.results import Cell, Results
 from lightning_opt.study.space import changed_axes
@@ -43,17 +43,39 @@ def results_of(standing: Standing, source: str) -> Results:
     return found
 
 
-def check_same_data(standing: Standing) -> None:
+def check_same_data(design: Design, standing: Standing, ledger: Ledger) -> None:
     """Losses on different data are not compared: the embedded corpora change with Python and its packages.
 
+    Args:
+        design: the study's.
+        standing: as it stands.
+        ledger: its runs, and whatever else the folder holds.
+
     Raises:
-        ConfigError: the reported runs did not all see the same.
+        ConfigError: the runs that chose and those that are reported did not all see the same.
     """
-    folders = [outcome.folder for one in standing.cells for outcome in reported(one) if outcome.folder]
-    found = {read_json(folder / "plan.json").get("data_fingerprint"): folder for folder in folders}
+    found: dict[str, dict[str, None]] = {}
+    for trial in _asked(design, standing):
+        one = ledger.get(design.key(trial), Outcome())
+        if one.is_result and one.folder:
+            mark = str(read_json(one.folder / "plan.json").get("data_fingerprint"))
+            found.setdefault(mark, {})[one.folder.name] = None
     if len(found) > 1:
-        named = ", ".join(folder.name for folder in found.values())
-        raise ConfigError("data", named, "must be the same in all runs of a study: start anew with out=ANOTHER_FOLDER")
+        most, *others = sorted(found.values(), key=len, reverse=True)
+        odd = [name for names in others for name in names]
+        named = ", ".join(odd[:3]) + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
+        why = f"must be the same in all runs of a study, and is another in the {len(most)} others: bring back the "
+        why += "packages of then and delete these folders, or start anew with out=ANOTHER_FOLDER"
+        raise ConfigError("data", named, why)
+
+
+def _asked(design: Design, standing: Standing) -> Iterator[Trial]:
+    """What the study has asked for so far: the folder may hold another's runs too."""
+    if design.threshold is None:
+        yield from design.noise_trials()
+    for one in standing.cells:
+        yield from (Trial(one.plan, config, design.tuning_seed) for config, _ in one.tried)
+        yield from one.finals
 
 
 def reported(one: CellStanding) -> list[Outcome]:
@@ -116,7 +138,7 @@ def _curve(one: CellStanding) -> dict[str, tuple[list[float], list[float]]]:
     best = min(ended, key=lambda outcome: outcome.loss or math.inf)
     metrics = read_metrics(best.folder / "metrics.csv") if best.folder else {}
     found = {}
-    for name, column in (("tokens", "tokens"), ("time", "time_s")):
+    for name, column in (("tokens", "tokens"), ("time", time_column(best))):
         pairs = zip(metrics.get(column, ()), metrics.get("val/loss", ()), strict=False)
         kept = [(x, y) for x, y in pairs if x is not None and y is not None]
         if len(kept) > 1:
@@ -176,7 +198,14 @@ def _notes(design: Design, standing: Standing) -> Iterator[str]:
         )
     caps = f"The cap on tuning a cell is the same for all: {design.budget} in phase I"
     yield f"{caps}, {design.reduced_budget} in phase II."
-    yield "Seconds are of this machine, with whatever ran beside: speed-ups by wall time hold there."
+    ended = [outcome for one in standing.cells for outcome in reported(one)]
+    if ended and all(time_column(outcome) == "cpu_time_s" for outcome in ended):
+        yield (
+            "Seconds and wall time are of reported runs what their one thread computed, as on a core of its own: what "
+            "ran beside counts only by caches and memory."
+        )
+    else:
+        yield "Seconds are of this machine, with whatever ran beside: speed-ups by wall time hold there."
     for name in design.optimizers:
         cells, first = (sum(cell.optimizer == name for cell in of) for of in (design.plans, design.first))
         if first < 2 and first < cells:

@@ -85,7 +85,8 @@ def replay(
     found.facts["notes"] += _maybe_note(found.facts["maybe_sensitive"])
     sizes = {cell.params: size for cell in settled.best if (size := non_embedding(cell.params)) is not None}
     searched = {cell: best for cell, best in settled.best.items() if cell in settled.searched}
-    rows = map(law_row, tuned_laws(searched, {**sizes, **results.sizes}))
+    rows = [law_row(law) for law in tuned_laws(searched, {**sizes, **results.sizes})]
+    found.facts["hyper_laws"] = [dict(zip(HYPER_LAW_COLUMNS, row, strict=True)) for row in rows]
     return replace(found, paths=(*found.paths, _write(Path(out) / "hyper_laws.csv", HYPER_LAW_COLUMNS, rows)))
 
 

@@ -16,6 +16,7 @@ from lightning_opt.launch import Composer
 from lightning_opt.launch.preflight import Checker
 from lightning_opt.plan import ConfigError
 from lightning_opt.run_folder import RunFolder, SweepFolder, SweepJob
+from lightning_opt.study.cells import Trial
 from lightning_opt.study.results import Cell
 from lightning_opt.study.space import Axis, Ladder
 from recipes import study
@@ -173,7 +174,7 @@ def fake_jobs(monkeypatch, tmp_path):
         base = {"adamw": 3.0, "lion": 2.98}[said["optimizer"]] - 0.1 * math.log(float(said["scale"].rstrip("x")))
         return base + 0.05 * math.log2(lr / rate) ** 2 + 0.002 * (int(said["seed"]) % 3)
 
-    def run_jobs(lists, folder, *, words, shared=(), draw=True):
+    def run_jobs(lists, folder, *, words, shared=(), draw=True, until=math.inf):
         assert list(shared) == ["jobs_per_device=2"]
         known = SweepFolder(folder).jobs()
         for lines in lists:
@@ -181,7 +182,7 @@ def fake_jobs(monkeypatch, tmp_path):
                 break
             calls["ran"] += 1
             run = RunFolder(Path(folder) / f"job-{len(known)}")
-            run.path.mkdir(parents=True)
+            (run.checkpoints / "step-000002").mkdir(parents=True)
             value = loss(dict(line.partition("=")[::2] for line in lines))
             state = "FINISHED" if math.isfinite(value) else "DIVERGED"
             run.status.write_text(json.dumps({"state": state, "reason": None}))
@@ -209,6 +210,7 @@ def test_a_whole_study_ends_in_a_verdict_and_a_table_that_the_replay_reads(fake_
     assert study.main(asked) == 0
     total = fake_jobs["ran"]
     out = tmp_path / "runs" / "study" / "femto"
+    jobs = SweepFolder(out / "runs").jobs()
     with (out / "speedups.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["optimizer"] for row in rows} == {"lion"}
@@ -221,6 +223,10 @@ def test_a_whole_study_ends_in_a_verdict_and_a_table_that_the_replay_reads(fake_
     assert (out / "report.html").is_file()
     assert study.main(asked) == 0
     assert fake_jobs["ran"] == total  # nothing runs twice
+    kept = {run.parent.name for run in out.glob("runs/*/checkpoints")}
+    reported = {job.folder.path.name for job in jobs if "trainer.val_part=reporting" in job.overrides}
+    assert kept == reported
+    assert len(reported) == 4 * 3
     assert study.main([f"results={out / 'results.csv'}", "out=again", "fit=all", "sigma=pooled"]) == 0
     with (tmp_path / "again" / "speedups.csv").open() as file:
         assert list(csv.DictReader(file)) == rows
@@ -265,8 +271,11 @@ def test_the_small_study_is_what_its_page_says():
         assert len(axes) == 3
     assert (design.budget.runs, design.reduced_budget.runs, len(design.seeds)) == (10, 4, 3)
     femto = design.plans[Cell("soap", "femto", 1.0)]
-    assert femto.start["optimizer.lr"] == 0.024
+    assert femto.start["optimizer.lr"] == 0.012
     assert "optimizer.roles.embedding.lr_scale=3.0" in femto.words
+    final, choosing = (Trial(femto, femto.start, 1, part) for part in ("reporting", "tuning"))
+    assert {"evaluation=mini", "evaluation.tasks=[hellaswag]"} <= set(design.words(final))
+    assert "evaluation=none" in design.words(choosing)
 
 
 @pytest.mark.slow

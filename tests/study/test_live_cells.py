@@ -196,8 +196,20 @@ def test_runs_that_saw_other_data_are_not_compared(tmp_path):
     runs = FakeRuns(design, bowl)
     drive(design, runs.read, runs)
     write_runs(tmp_path, design, runs)
-    check_same_data(stand(design, read_ledger(tmp_path)))
+
+    def check(of=design):
+        ledger = read_ledger(tmp_path)
+        check_same_data(of, stand(of, ledger), ledger)
+
+    check()
     last = tmp_path / f"job-{len(runs.asked) - 1}" / "plan.json"
     last.write_text(json.dumps({"data_fingerprint": "another"}))
     with pytest.raises(ConfigError, match="must be the same in all runs"):
-        check_same_data(stand(design, read_ledger(tmp_path)))
+        check()
+    first = tmp_path / "job-0" / "plan.json"  # one that chose
+    first.write_text(last.read_text())
+    last.write_text("{}")
+    with pytest.raises(ConfigError, match="job-0: must be the same"):
+        check()
+    best = {"optimizer.lr": 2.0, "optimizer.weight_decay": 0.2}
+    check(design_of([ADAMW], start=best, axes=[Axis(name, (value,)) for name, value in best.items()]))  # not its run
