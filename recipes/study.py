@@ -239,7 +239,7 @@ def live(settings: Mapping[str, Any], words: Sequence[str], asked: Sequence[str]
         about.show()
         return 0
     if settings["dry_run"]:
-        print("\n".join(about.plan_lines(config["trainer"].get("num_threads") or 1)))
+        print("\n".join(about.plan_lines()))
         return 0
     line = ["-m", "recipes.study", *asked]
     waves = studying.Waves(design, out / "runs", command=line, shared=shared, stop_after=stop_after)

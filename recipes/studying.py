@@ -90,12 +90,8 @@ class About:
             said.append(f"{_most(left)} to go, {duration(left.seconds / self.at_once)} at {self.at_once} at once")
         return "study: " + ", ".join(said)
 
-    def plan_lines(self, threads: int) -> Iterator[str]:
-        """What the study takes at most, for a dry run.
-
-        Args:
-            threads: of one run.
-        """
+    def plan_lines(self) -> Iterator[str]:
+        """What the study takes at most, for a dry run."""
         design, (standing, _, speeds) = self.design, self._now()
         left = forecast(design, standing, speeds)
         second = "" if design.reduced_budget == design.budget else f", in phase II {design.reduced_budget}"
@@ -110,8 +106,11 @@ class About:
         yield (
             f"{left.runs} {words}: {left.tuning} to tune, {left.reporting} to report ({len(design.seeds)} seeds a cell)"
         )
-        origin = "at the speed of this study's runs" if left.measured else "estimated by flops_per_second"
-        yield f"{left.seconds * (threads if left.measured else 1):,.0f} core-seconds at most, {origin}"
+        if left.measured:
+            clock = duration(left.seconds / self.at_once)
+            yield f"{clock} at most with {self.at_once} at once, at the speed that this study's runs had"
+        else:
+            yield f"{left.seconds:,.0f} core-seconds at most, estimated by flops_per_second"
 
 
 def _named(cell: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lightning_opt.plan import ConfigError
@@ -52,21 +52,27 @@ def check_same_data(design: Design, standing: Standing, ledger: Ledger) -> None:
         ledger: its runs, and whatever else the folder holds.
 
     Raises:
-        ConfigError: the runs that chose and those that are reported did not all see the same.
+        ConfigError: the runs of a model that chose and those that are reported did not all see the same. Two models may
+            have tokenizers of their own, which a note then says.
     """
-    found: dict[str, dict[str, None]] = {}
+    for found in _texts(design, standing, ledger).values():
+        most, *others = sorted(found.values(), key=len, reverse=True)
+        if odd := [name for names in others for name in names]:
+            named = ", ".join(odd[:3]) + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
+            why = f"must be the same in all runs of a model, and is another in the {len(most)} others: bring back the "
+            why += "packages of then and delete these folders, or start anew with out=ANOTHER_FOLDER"
+            raise ConfigError("data", named, why)
+
+
+def _texts(design: Design, standing: Standing, ledger: Ledger) -> dict[str, dict[str, dict[str, None]]]:
+    """Model to the fingerprint of each text that its runs saw, to the names of their folders."""
+    seen: dict[str, dict[str, dict[str, None]]] = {}
     for trial in _asked(design, standing):
         one = ledger.get(design.key(trial), Outcome())
         if one.is_result and one.folder:
             mark = str(read_json(one.folder / "plan.json").get("data_fingerprint"))
-            found.setdefault(mark, {})[one.folder.name] = None
-    if len(found) > 1:
-        most, *others = sorted(found.values(), key=len, reverse=True)
-        odd = [name for names in others for name in names]
-        named = ", ".join(odd[:3]) + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
-        why = f"must be the same in all runs of a study, and is another in the {len(most)} others: bring back the "
-        why += "packages of then and delete these folders, or start anew with out=ANOTHER_FOLDER"
-        raise ConfigError("data", named, why)
+            seen.setdefault(trial.cell.params, {}).setdefault(mark, {})[one.folder.name] = None
+    return seen
 
 
 def _asked(design: Design, standing: Standing) -> Iterator[Trial]:
@@ -123,7 +129,7 @@ def facts_of(design: Design, standing: Standing, ledger: Ledger) -> dict[str, An
         "measures": {one.plan.cell: found for one in standing.cells if (found := _measured(one))},
         "insensitive": {name: said.insensitive for name, said in standing.reduced.items()},
         "sensitive": {name: said.sensitive for name, said in standing.reduced.items()},
-        "notes": list(_notes(design, standing)),
+        "notes": [*_notes(design, standing), *_token_notes(design, standing, ledger)],
     }
     if not standing.is_done:
         facts["alarm"] = "The study is not over: whatever is said below may change."
@@ -206,7 +212,27 @@ def _notes(design: Design, standing: Standing) -> Iterator[str]:
         )
     else:
         yield "Seconds are of this machine, with whatever ran beside: speed-ups by wall time hold there."
+    yield from _suite_notes(ended)
     for name in design.optimizers:
         cells, first = (sum(cell.optimizer == name for cell in of) for of in (design.plans, design.first))
         if first < 2 and first < cells:
             yield f"{name}: one cell of phase I cannot say what is insensitive; phase II keeps its values."
+
+
+def _suite_notes(ended: Sequence[Outcome]) -> Iterator[str]:
+    """What the scores may be compared with."""
+    found = [evaluation for outcome in ended if (evaluation := summary_of(outcome).get("evaluation"))]
+    if any(evaluation.get("suite") == "mini" for evaluation in found):
+        rows = {task: row for evaluation in found for task, row in evaluation.items() if isinstance(row, dict)}
+        counts = ", ".join(f"{task} {row['n']}" for task, row in rows.items() if row.get("n"))
+        yield f"Scores are of our own small sets (items: {counts}), which compare with nothing but each other."
+
+
+def _token_notes(design: Design, standing: Standing, ledger: Ledger) -> Iterator[str]:
+    """Whether nats per token mean the same for all models."""
+    marks = {mark for found in _texts(design, standing, ledger).values() for mark in found}
+    if len(marks) > 1:
+        yield (
+            "The models do not all see the same tokens (another vocabulary or sequence length): their losses cannot be "
+            "held against one another, nor does a joint law of them mean anything."
+        )

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,7 +20,7 @@ from lightning_opt.run_folder import RunFolder, SweepFolder, SweepJob
 from lightning_opt.study.cells import Trial
 from lightning_opt.study.results import Cell
 from lightning_opt.study.space import Axis, Ladder
-from recipes import study
+from recipes import study, studying
 from recipes.small_study.__main__ import OPTIMIZERS, SETTINGS, words
 from recipes.study_design import design_of
 
@@ -176,11 +177,12 @@ def fake_jobs(monkeypatch, tmp_path):
 
     def run_jobs(lists, folder, *, words, shared=(), draw=True, until=math.inf):
         assert list(shared) == ["jobs_per_device=2"]
-        known = SweepFolder(folder).jobs()
+        known, before = SweepFolder(folder).jobs(), calls["ran"]
         for lines in lists:
-            if calls["dies_after"] == calls["ran"]:
+            if calls["dies_after"] == calls["ran"] or calls["clock"] >= until:
                 break
             calls["ran"] += 1
+            calls["clock"] += 10.0
             run = RunFolder(Path(folder) / f"job-{len(known)}")
             (run.checkpoints / "step-000002").mkdir(parents=True)
             value = loss(dict(line.partition("=")[::2] for line in lines))
@@ -191,9 +193,10 @@ def fake_jobs(monkeypatch, tmp_path):
             run.metrics.write_text(f"step,tokens,time_s,val/loss\n1,1000,1,5.0\n2,2000,2,{min(value, 9.0)}\n")
             known.append(SweepJob(run, f"{len(known):08x}", list(lines), {}))
         SweepFolder(folder).write("recipes.study", [], known)
-        return 143 if calls["dies_after"] == calls["ran"] else 0
+        return 143 if calls["dies_after"] == calls["ran"] else int(calls["ran"] - before < len(lists))
 
-    calls = {"ran": 0, "dies_after": None}
+    calls = {"ran": 0, "dies_after": None, "clock": 0.0}
+    monkeypatch.setattr(studying, "time", SimpleNamespace(monotonic=lambda: calls["clock"]))
     monkeypatch.setattr(lightning_opt.launch, "run_jobs", run_jobs, raising=False)
     monkeypatch.chdir(tmp_path)
     return calls
@@ -230,6 +233,18 @@ def test_a_whole_study_ends_in_a_verdict_and_a_table_that_the_replay_reads(fake_
     assert study.main([f"results={out / 'results.csv'}", "out=again", "fit=all", "sigma=pooled"]) == 0
     with (tmp_path / "again" / "speedups.csv").open() as file:
         assert list(csv.DictReader(file)) == rows
+
+
+def test_when_the_time_is_over_nothing_more_starts_and_the_same_command_goes_on(fake_jobs, tmp_path, capsys):
+    asked = [*TWO, "jobs_per_device=2", "budget=3"]
+    assert study.main([*asked, "stop_after=35"]) == 0
+    assert fake_jobs["ran"] == 4  # of the six of the first wave; the fourth began at 30 s
+    assert "out of time (stop_after)" in capsys.readouterr().out
+    assert study.main([*asked, "stop_after=20"]) == 0  # the last two of that wave, and none of the next
+    assert fake_jobs["ran"] == 6
+    assert study.main(asked) == 0
+    assert fake_jobs["ran"] == 2 * (3 + 3)  # to tune, to report: none ran twice
+    assert (tmp_path / "runs" / "study" / "femto" / "report.html").is_file()
 
 
 def test_a_dry_run_counts_and_writes_nothing(fake_jobs, tmp_path, capsys):

@@ -316,6 +316,19 @@ def test_curves_that_cross_are_named_where_they_cross(tmp_path: Path) -> None:
     assert "lead-tokens-130m-1x" in {attributes.get("id") for _, attributes in page.tags}
 
 
+def test_the_laws_of_tuned_hyperparameters_are_on_the_page(tmp_path: Path) -> None:
+    law = {"optimizer": "muon", "key": "optimizer.lr", "cells": 6, "scale": 120.0, "by_size": -0.5, "by_ratio": -0.25}
+    steady = {"optimizer": "adamw", "key": "optimizer.weight_decay", "cells": 6, "scale": 0.0, "by_size": 0.0}
+    laws = [{**law, "constant": -0.001, "held_out": 0.21}, {**steady, "by_ratio": 0.0, "constant": 0.1, "held_out": ""}]
+    results = once({("adamw", 1.0): 3.53, ("muon", 1.0): 3.46})
+    page = drawn(tmp_path, results, sigma=SIGMA, hyper_laws=laws)
+    assert page.tables["hyper-laws"][1:] == [
+        ["Muon", "optimizer.lr", "6", "120.0 · N^-0.500 · C^-0.250 - 0.001000", "21 %"],
+        ["AdamW", "optimizer.weight_decay", "6", "0.1000 everywhere", "–"],
+    ]
+    assert "hyper-laws" not in drawn(tmp_path, results, sigma=SIGMA, hyper_laws=[]).tables
+
+
 HOSTILE = "<script>alert(1)</script>|`x` [a](javascript:b)"
 
 
