@@ -31,7 +31,7 @@ from typing import Any
 
 from lightning_opt.evaluation.suites import hub_is_off, out_of_reach, resolve
 from lightning_opt.plan import ConfigError
-from recipes.evaluate_asked import Model, found_models, parse, settings, tasks
+from recipes.evaluate_asked import Model, check_place, check_results, found_models, parse, settings, tasks
 
 
 def export(folder: Path, target: Path, config: dict[str, Any]) -> None:
@@ -68,6 +68,7 @@ def freeze_sets(options: argparse.Namespace) -> int:
     wanted = resolve({"suite": "none", "tasks": tasks(options, "all")})["tasks"]
     if hub_is_off():
         raise ConfigError("--freeze", str(options.freeze), "must have the hub: HF_HUB_OFFLINE or its like is set")
+    check_place("--freeze", options.freeze)
     from lightning_opt.evaluation.freezing import freeze
     from lightning_opt.evaluation.quiet import quiet
 
@@ -98,18 +99,26 @@ def usable(device: str) -> str:
 
 
 def score(folder: Path, output: Path, config: dict[str, Any], device: str) -> dict[str, Any]:
-    """Loads one checkpoint and scores it; the summary of `lightning_opt.evaluation.evaluate`."""
+    """Loads one checkpoint and scores it; the summary of `lightning_opt.evaluation.evaluate`.
+
+    Raises:
+        ConfigError: transformers cannot load it.
+    """
     from lightning_opt.evaluation import evaluate
     from lightning_opt.evaluation.quiet import quiet
 
+    model: Any = folder
     with quiet():
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        if config["engine"] == "vllm":
-            return evaluate(folder, tokenizer, config, output)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
-    return evaluate(model.to(device), tokenizer, config, output)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            if config["engine"] != "vllm":
+                model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
+        except Exception as error:  # of many libraries, each with its own
+            why = f"must be whole, and transformers cannot load it ({type(error).__name__}: {error})"
+            raise ConfigError("PATH", str(folder), why) from error
+    return evaluate(model if model is folder else model.to(device), tokenizer, config, output)
 
 
 def refresh(run: Path) -> None:
@@ -164,17 +173,14 @@ def run(options: argparse.Namespace) -> int:
         return freeze_sets(options)
     if not options.paths:
         raise ConfigError("PATH", "", "must name at least one run or checkpoint folder")
-    if options.out is not None and options.out.is_file():
-        raise ConfigError("--out", str(options.out), "must be a folder")
     models = found_models(options)
     if options.report_only:
         return compare(models, options.out)
     config = settings(options)
     if options.export_tasks is not None:
-        if len(models) != 1 or config["suite"] == "none":
-            raise ConfigError(
-                "--export-tasks", str(options.export_tasks), "must go with one PATH and a suite that has tasks"
-            )
+        if len(models) != 1:
+            raise ConfigError("--export-tasks", str(options.export_tasks), "must go with one PATH")
+        check_place("--export-tasks", options.export_tasks)
         export(models[0].folder, options.export_tasks, config)
         return 0
     out = options.out
@@ -185,6 +191,11 @@ def run(options: argparse.Namespace) -> int:
         print(f"{task}: {reason}", file=sys.stderr)
     if lacking:
         return 1
+    for model in models:
+        if model.results is not None:
+            check_place("PATH", model.path)
+    if out is not None:
+        check_place("--out", out)
     device = options.device if config["engine"] == "vllm" else usable(options.device)
     scored, complete = score_all(models, out, config, device)
     if out is not None and scored:
@@ -232,6 +243,9 @@ def compare(models: list[Model], out: Path | None) -> int:
     lacking = [str(model.path) for model, folder in folders.items() if not (folder / "results.json").is_file()]
     if lacking:
         raise ConfigError("--report-only", ", ".join(lacking), "must have been scored before")
+    for folder in folders.values():
+        check_results(folder / "results.json")
+    check_place("--out", out)
     from lightning_opt import reports  # matplotlib
 
     reports.write_scores([str(model.path) for model in models], [folders[model] for model in models], out)

@@ -7,15 +7,18 @@ import hashlib
 import json
 import os
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning_opt.evaluation.suites import DEFAULTS, ENGINES, SUITES, resolve
 from lightning_opt.evaluation.task_table import SOURCES, TASKS, WORDS
-from lightning_opt.plan import ConfigError, is_hub_id
+from lightning_opt.plan import ConfigError, is_hub_id, near_path, one_of
+from lightning_opt.run_folder import read_json
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
+_SUITES = tuple(suite for suite in SUITES if suite != "none")  # which scores nothing
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 
 
@@ -60,7 +63,7 @@ def parse(about: str, arguments: list[str] | None = None) -> argparse.Namespace:
     add("paths", nargs="*", type=Path, metavar="PATH", help="run folder, or checkpoint folder (has config.json)")
     add(
         "--suite",
-        metavar="|".join(SUITES),
+        metavar="|".join(_SUITES),
         help="which sets (default: full with --data-dir or --tasks of it, else mini)",
     )
     add(
@@ -113,7 +116,38 @@ def model_folder(path: Path) -> tuple[Path, bool]:
     expected = "must be a run folder with model/ or a Hugging Face checkpoint folder with config.json"
     if is_hub_id(str(path)):
         expected += f"; one of the hub is fetched by: hf download {path} --local-dir {path.name}"
+    elif not path.exists():
+        expected += f"; it is not there{near_path(path)}"
     raise ConfigError("PATH", str(path), expected)
+
+
+def check_place(field: str, folder: Path) -> None:
+    """Refuses a folder that cannot be written, before hours go into what belongs there; makes it where it is missing.
+
+    Raises:
+        ConfigError: names it by the option that did.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        why = f"must be a folder we can write to ({error.strerror or error})"
+        raise ConfigError(field, str(folder), why) from None
+
+
+def check_results(file: Path) -> None:
+    """Refuses a results.json that is no whole one.
+
+    Raises:
+        ConfigError: names it.
+    """
+    try:
+        whole = isinstance(read_json(file).get("summary"), dict)
+    except (OSError, ValueError, AttributeError):
+        whole = False
+    if not whole:
+        raise ConfigError("--report-only", str(file), "must be whole, and is cut or no results: score the model again")
 
 
 def found_models(options: argparse.Namespace) -> list[Model]:
@@ -153,6 +187,8 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     """`config["evaluation"]` from the command line, checked."""
     wanted = tasks(options, ",".join(TASKS))
     real = options.data_dir is not None or any(name not in TASKS and name in {*SOURCES, *WORDS} for name in wanted)
+    if options.suite is not None and options.suite not in _SUITES:
+        raise ConfigError("--suite", options.suite, one_of(options.suite, _SUITES))
     config = {
         "suite": options.suite or ("full" if real else "mini"),
         "tasks": wanted,

@@ -41,7 +41,7 @@ def configuration(lines: Sequence[str]) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prepares; 0 when all shards are there, 2 when something asked for is wrong, 1 on any other failure."""
+    """Prepares; 0 when the shards can be trained on, 2 when something asked for is wrong, 1 on any other failure."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for word in words:
             if word.startswith("-"):
                 raise ConfigError(word, True, "is no option: there is --dry-run, all else is written key=value")
-        _run(configuration(words), [word for word in words if not word.startswith(_NOT_KEPT)])
+        return _run(configuration(words), [word for word in words if not word.startswith(_NOT_KEPT)])
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
@@ -66,26 +66,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on where it was", file=sys.stderr)
         return 130
-    return 0
 
 
-def _run(config: dict[str, Any], arguments: list[str]) -> None:
+def _run(config: dict[str, Any], arguments: list[str]) -> int:
     from lightning_opt.data import estimating, preparing
 
     how = {"tokens": config["tokens"], "processes": config["processes"]}
     if config["dry_run"]:
         print(estimating.estimate(config["data"], **how).text())
-        return
-    for corpus in preparing.prepare(config["data"], **how, arguments=arguments):
+        return 0
+    made = preparing.prepare(config["data"], **how, arguments=arguments)
+    for corpus in made:
         removed = f", {corpus.removed:,} documents left out: they share 13 words with an evaluation set"
         empty = f", {corpus.empty:,} rows without text"
         print(
             f"{corpus.name}: {corpus.tokens['train']:,} training and {corpus.tokens['val']:,} validation tokens in "
             f"{sum(corpus.documents.values()):,} documents{removed * bool(corpus.removed)}{empty * bool(corpus.empty)}"
         )
-    words = [f"data={config['data']['name']}", f"data.path={config['data']['path']}"]
+    if not any(corpus.tokens["val"] for corpus in made):
+        what = "nothing was held out for validation, which training needs: so little text wants a larger"
+        print(f"{what} data.corpora.NAME.val_fraction, or more tokens, and another data.path", file=sys.stderr)
+        return 1
+    chosen = [word for word in arguments if word.startswith("data=")]  # a file may give itself another name
+    words = [*(chosen or [f"data={config['data']['name']}"]), f"data.path={config['data']['path']}"]
     words += [word for word in arguments if word.lstrip("+~").startswith(_OF_THE_MIXTURE)]
     print(f"train on them: {shlex.join(['python', 'train.py', *words])}")
+    return 0
 
 
 if __name__ == "__main__":

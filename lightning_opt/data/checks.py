@@ -14,8 +14,8 @@ from lightning_opt.data.cached import Damaged
 from lightning_opt.data.shards import PLAN, RECORD, WORK, read_index
 from lightning_opt.data.shares import corpus_shares
 from lightning_opt.data.text_files import discover
-from lightning_opt.data.tokenizer import find_eos, tokenizer_file, vocabulary_of
-from lightning_opt.plan import ConfigError, HubLost, check_value, is_hub_id
+from lightning_opt.data.tokenizer import find_eos, tokenizer_file, tokenizer_hash, vocabulary_of
+from lightning_opt.plan import ConfigError, HubLost, check_value, is_hub_id, one_of
 
 log = logging.getLogger("lightning_opt.data")
 
@@ -55,7 +55,7 @@ def check(config: Mapping[str, Any], *, tokens: int | None = None) -> None:
 
 def prepare_command(config: Mapping[str, Any], tokens: int | None) -> str:
     """The command that makes the shards this config asks for, or, where some were made, makes them again."""
-    record = _record(config, RECORD) or _record(config, f"{WORK}/{PLAN}")
+    record = _record(config, RECORD) or _record(config, f"{WORK}/{RECORD}")
     if record.get("arguments"):
         words = [*record["arguments"], f"data.path={config['path']}"]
         return shlex.join(["python", "-m", "recipes.prepare_data", *words])
@@ -114,28 +114,42 @@ def check_prepared(config: Mapping[str, Any], *, tokens: int | None = None, ask_
         raise ConfigError("data.path", str(folder), f"must hold the shards' tokenizer.json; make it again: {command}")
     train = [name for name, index in indexes.items() if index["splits"]["train"]["tokens"]]
     weights = config.get("weights")
-    for name in weights if isinstance(weights, Mapping) else []:
-        if record and weights[name] and name not in record.get("corpora", []):
-            why = f"must be 0: the shards of {folder} were prepared without it"
-            raise ConfigError(f"data.weights.{name}", weights[name], why)
-        if name not in train and weights[name]:
-            raise ConfigError("data.path", str(folder), f"must hold shards of corpus {name}; make them: {command}")
+    for name, weight in weights.items() if isinstance(weights, Mapping) else ():
+        if weight and name not in train:
+            if not record:
+                raise ConfigError("data.path", str(folder), f"must hold shards of corpus {name}; make them: {command}")
+            raise ConfigError(f"data.weights.{name}", weight, _no_training_text(folder, record, name, train))
     corpus_shares(config, train)
     if not any(index["splits"]["val"]["tokens"] for index in indexes.values()):
-        raise ConfigError("data.path", str(folder), f"must hold validation shards (c4_en); make them: {command}")
+        how = "prepare others, in another data.path, with more tokens or a larger data.corpora.NAME.val_fraction"
+        how = f"but nothing was held out: {how}" if record else f"make them: {command}"
+        raise ConfigError("data.path", str(folder), f"must hold validation shards; {how}")
     if len({index["tokenizer_sha256"] for index in indexes.values()}) > 1:
         raise ConfigError("data.path", str(folder), "must be shards of one tokenizer, but they differ")
+    index = next(iter(indexes.values()))
+    if index["tokenizer_sha256"] != tokenizer_hash(folder / "tokenizer.json", index["eos"]):
+        how = f"must be shards of the tokenizer.json beside them, which is another now; make it again: {command}"
+        raise ConfigError("data.path", str(folder), how)
     model = (config.get("tokenizer") or {}).get("of_model")
     if model and (ask_hub or not is_hub_id(model)):
-        _check_ids(folder, model, next(iter(indexes.values()))["eos"])
+        _check_ids(folder, model, index["eos"], config["tokenizer"].get("eos"))
     return {name: folder / name for name in indexes}
 
 
-def _check_ids(folder: Path, model: str, eos: str) -> None:
+def _no_training_text(folder: Path, record: Mapping[str, Any], name: str, train: list[str]) -> str:
+    """Why a corpus that is given a weight has no training shards."""
+    if name in record.get("corpora", []):
+        return "must be 0: it is for validation alone"
+    if name in record.get("settings", {}).get("corpora", {}):
+        return f"must be 0: the shards of {folder} were prepared without it"
+    return f"its name {one_of(name, train)}"
+
+
+def _check_ids(folder: Path, model: str, eos: str, asked: str | None) -> None:
     """Refuses shards whose ids mean something else to the model; one without a tokenizer.json is taken as it is."""
     try:
         file = tokenizer_file(model)
-        own = find_eos(file)
+        own = find_eos(file, asked)
     except (ConfigError, HubLost) as error:
         log.debug("%s: its tokenizer is not compared with that of the shards: %s", model, error)
         return
@@ -146,4 +160,9 @@ def _check_ids(folder: Path, model: str, eos: str) -> None:
         what = f"must hold the ids of {model}'s own tokenizer, but {len(other):,} tokens have others ({other[0]!r})"
         raise ConfigError("data.path", str(folder), f"{what}: {again}")
     if own != eos:
-        raise ConfigError("data.path", str(folder), f"must end documents by {model}'s {own}, not by {eos}: {again}")
+        raise ConfigError(
+            "data.path",
+            str(folder),
+            f"must end documents by {model}'s {own}, not by {eos}: {again}; "
+            f"""or 'data.tokenizer.eos="{eos}"', where that is meant""",
+        )

@@ -31,7 +31,7 @@ from lightning_opt.data.tokenizer import (
     tokenizer_hash,
     train_tokenizer,
 )
-from lightning_opt.plan import ConfigError, check_value, data_phases
+from lightning_opt.plan import ConfigError, check_value, data_phases, one_of
 
 log = logging.getLogger("lightning_opt.data")
 
@@ -168,8 +168,12 @@ def _entry(name: str, entry: Any) -> dict[str, Any]:
         raise ConfigError(field, entry, "must name either repo: OWNER/NAME on the hub, or path: FOLDER")
     for key in entry:
         if key not in _ENTRY:
-            raise ConfigError(f"{field}.{key}", entry[key], f"is no field of a corpus; it has {', '.join(_ENTRY)}")
+            raise ConfigError(f"{field}.{key}", entry[key], one_of(key, _ENTRY))
+    for key in ("repo", "path", "revision", "column"):
+        check_value(f"data.corpora.*.{key}", entry.get(key), field=f"{field}.{key}")
     patterns = entry.get("files") or [f"*{suffix}" for suffix in text_files.SUFFIXES]
+    if not isinstance(patterns, str | list | tuple) or not all(isinstance(one, str) for one in patterns):
+        raise ConfigError(f"{field}.files", patterns, 'must be a pattern or a list of them, for example "*.jsonl"')
     return {
         "repo": entry.get("repo"),
         "path": entry.get("path"),

@@ -59,7 +59,8 @@ class Origin:
             return io.BufferedReader(_Ranges(self, name, size), BLOCK_BYTES)
         path = Path(self.folder, name)
         if not path.is_file() or path.stat().st_size != size:
-            raise ConfigError(self.field, str(path), f"must still be there with {size} bytes, as when it was listed")
+            how = f"must still be there with {size} bytes, as when it was listed"
+            raise ConfigError(self.field, str(path), f"{how}; another data.path lists all anew")
         return path.open("rb")
 
 

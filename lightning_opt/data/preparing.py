@@ -28,11 +28,13 @@ from lightning_opt.data.shards import RECORD, WORK, read_index
 from lightning_opt.data.tokenizer import BESIDE, TOKENIZER
 from lightning_opt.data.units import Progress, Unit, progress_of
 from lightning_opt.data.workforce import Kit, Workforce
-from lightning_opt.plan import ConfigError, available_cpus
+from lightning_opt.plan import ConfigError, available_cpus, differences
+from lightning_opt.plan.errors import show
 
 log = logging.getLogger("lightning_opt.data")
 
 _COUNTED = ("tokens", "documents")
+_FIELDS = {"tokens": "tokens", "format": "format"}  # of the settings, those that lie outside of data
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,8 @@ def prepare(
             if plan is None:
                 shutil.rmtree(work, ignore_errors=True)
                 plan = orders.make_plan(config, settings, work)
+            begun = {"settings": settings, "arguments": list(arguments)}
+            replace_text(work / RECORD, json.dumps(begun))  # for who is told to go on with it
             made = _make(target, plan, processes or available_cpus(), arguments)
         shutil.rmtree(target / WORK, ignore_errors=True)
     return made
@@ -176,11 +180,13 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def _check_same(before: dict[str, Any], now: dict[str, Any], target: Path) -> None:
-    other = [key for key in now if before.get(key) != now[key]]
-    if other:
-        key = other[0]
-        how = f"holds shards of {key} = {json.dumps(before.get(key))[:120]}: name another data.path, or delete it"
-        raise ConfigError("data.path", str(target), f"{how} (differing: {', '.join(other)})")
+    found = [one for key in now for one in differences(_FIELDS.get(key, f"data.{key}"), before.get(key), now[key])]
+    if found:
+        (field, *values), *others = found
+        then, asked = (f"{value:.4g}" if isinstance(value, float) else show(value) for value in values)
+        what = f"holds shards of {field} = {then}, not of {asked}"
+        more = f" (differing too: {', '.join(field for field, _, _ in others)})" * bool(others)
+        raise ConfigError("data.path", str(target), f"{what}: name another data.path, or delete it{more}")
 
 
 class _Corpus:
@@ -251,10 +257,6 @@ def _make(target: Path, plan: Plan, processes: int, arguments: Sequence[str]) ->
         for corpus in corpora.values():
             _finish(target, corpus, plan, facts)
     made = [_prepared(target / corpus.name) for corpus in plan.corpora]
-    if not any(entry.tokens["val"] for entry in made):
-        log.warning(
-            "no document was held out for validation, which training needs: a larger val_fraction, or more tokens"
-        )
     _copy_tokenizer(plan.folder, target)
     replace_text(target / orders.PLAN, (plan.folder / orders.PLAN).read_text(encoding="utf-8"))
     record = {

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 SPLITS = ("train", "val")
 INDEX = "index.json"
-RECORD = "preparation.json"  # beside the corpus folders: what `recipes.prepare_data` was asked for
+RECORD = "preparation.json"  # beside the corpus folders: what `recipes.prepare_data` was asked for; in WORK meanwhile
 PLAN, WORK = "plan.json", ".preparing"  # its plan, which lies in WORK until all is made
 
 
@@ -138,7 +138,7 @@ def read_index(folder: Path) -> dict:
     """The index of a corpus folder, with the size of every part checked against it (cheap: no file is read).
 
     Raises:
-        Damaged: the index is missing or unreadable, or a part is missing, truncated or too long.
+        Damaged: index or manifest are missing or unreadable, or a part is missing, truncated or too long.
     """
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
@@ -157,6 +157,8 @@ def read_index(folder: Path) -> dict:
             raise Damaged(f"{folder.name}/{path.name} is missing")
         if path.stat().st_size != size:
             raise Damaged(f"{folder.name}/{path.name} has {path.stat().st_size} bytes, the index says {size}")
+    if not (folder / MANIFEST).is_file():
+        raise Damaged(f"{folder.name}/{MANIFEST} is missing or unreadable")
     return index
 
 

@@ -242,10 +242,6 @@ def _prepared(config: Mapping[str, Any]) -> tuple[Path, str, list[Shards]]:
         except Damaged as damage:
             problem = f"must be whole, but {damage}; make it again: {checks.prepare_command(config, None)}"
             raise ConfigError("data.path", config["path"], problem) from None
-        if shards.tokenizer_sha256 != tokenizer_hash(file, shards.eos):
-            raise ConfigError(
-                "data.path", str(folder), "must be shards of the tokenizer.json beside it, not of another"
-            )
         corpora.append(shards)
     return file, corpora[0].eos, corpora
 

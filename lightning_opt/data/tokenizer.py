@@ -130,7 +130,7 @@ def find_eos(file: Path, asked: str | None = None) -> str:
     for token in WELL_KNOWN_EOS:
         if token in known:
             return token
-    how = "e.g. data.tokenizer.eos='</s>'"
+    how = """e.g. 'data.tokenizer.eos="</s>"'"""
     raise ConfigError("data.tokenizer.eos", None, f"must name the end-of-text token of {file.name}, {how}")
 
 

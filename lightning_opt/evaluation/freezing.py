@@ -31,8 +31,12 @@ def freeze(folder: Path, tasks: Sequence[str], say: Callable[[str], None] = prin
 
     Returns:
         File names that could not be had, with the reason.
+
+    Raises:
+        ConfigError: the list of what the folder holds is cut.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    check_frozen(folder, ())
     failed: dict[str, str] = {}
     for task in tasks:
         source = SOURCES[task]
@@ -53,9 +57,13 @@ def check_frozen(folder: Path, names: Sequence[str]) -> dict[str, dict[str, Any]
     """What is recorded of these files; {} in a folder that was not frozen by us.
 
     Raises:
-        ConfigError: a file is not what it was when it was frozen.
+        ConfigError: a file is not what it was when it was frozen, or the list of them is cut.
     """
-    recorded = read_json(folder / MANIFEST)
+    try:
+        recorded = read_json(folder / MANIFEST)
+    except ValueError:
+        how = "must be whole, and is cut or no JSON: remove it and run recipes.evaluate --freeze again"
+        raise ConfigError("evaluation.data_dir", str(folder / MANIFEST), how) from None
     for name in names:
         if name in recorded and checksum(folder / name) != recorded[name]["sha256"]:
             expected = f"must be unchanged since it was frozen: remove {name} and run recipes.evaluate --freeze again"

@@ -254,13 +254,15 @@ def read_documents(path: Path) -> Iterator[dict[str, Any]]:
     """Documents of a .jsonl or .jsonl.gz file.
 
     Raises:
-        ConfigError: the file is not JSON lines; names the line.
+        ConfigError: the file cannot be read, or is not JSON lines; names the line.
     """
     try:
         yield from read_json_lines(path)
     except NoJson as error:
         where = f"{path.name} line {error.line}"
         raise ConfigError("evaluation.data_dir", where, "must be one JSON object") from None
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise ConfigError("evaluation.data_dir", str(path), f"must be readable JSON lines ({error})") from None
 
 
 def spread(sizes: Mapping[str, int], limit: int | None) -> dict[str, int]:

@@ -42,18 +42,6 @@ def banner(folder: Path, plan: dict[str, Any], env: dict[str, Any]) -> None:
         plan["tokenizer"]["vocab_size"],
         plan["data_fingerprint"][:12],
     )
-    for corpus in plan["corpora"]:
-        if corpus["epochs"] is None:
-            log.info("           %-12s validation only", corpus["name"])
-            continue
-        log.info(
-            "           %-12s weight %.3f  %s tokens, %.2f epochs; unigram entropy %.2f nats",
-            corpus["name"],
-            corpus["weight"],
-            _count(corpus["train_tokens"]),
-            corpus["epochs"],
-            corpus["unigram_entropy"],
-        )
     mixture(plan)
     tuned = plan["tuned"]
     log.info("optimizer  %s; tuned values: %s", plan["optimizer"], tuned["source"] if tuned else "none, defaults")
@@ -76,7 +64,20 @@ def banner(folder: Path, plan: dict[str, Any], env: dict[str, Any]) -> None:
 
 
 def mixture(plan: dict[str, Any]) -> None:
-    """Says how the mixture changes along the run, and warns of corpora that are read too often."""
+    """Says what is read how often, how that changes along the run, and warns of corpora that are read too often."""
+    for corpus in plan["corpora"]:
+        if corpus["epochs"] is None:
+            log.info("           %-12s validation only", corpus["name"])
+            continue
+        entropy = corpus["unigram_entropy"]  # of its validation tokens, which it need not have
+        log.info(
+            "           %-12s weight %.3f  %s tokens, %.2f epochs%s",
+            corpus["name"],
+            corpus["weight"],
+            _count(corpus["train_tokens"]),
+            corpus["epochs"],
+            "; no validation text of its own" if entropy is None else f"; unigram entropy {entropy:.2f} nats",
+        )
     for phase in plan["mixture"] if len(plan["mixture"]) > 1 else ():
         shares = " ".join(f"{name} {share:.3f}" for name, share in phase["weights"].items())
         log.info("           %-12s until %s tokens: %s", phase["phase"], _count(phase["until_token"]), shares)

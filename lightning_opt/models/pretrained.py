@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lightning_opt.plan import ConfigError, HubLost, hub_said, is_hub_id
+from lightning_opt.plan import ConfigError, hub_said, is_hub_id
 
 log = logging.getLogger("lightning_opt.models")
 
@@ -35,7 +35,7 @@ def hf(*, path: str | None = None, context_length: int) -> PreTrainedModel:
     except (OSError, ValueError) as error:
         instead = "a folder with the model can stand for it: model.path=FOLDER"
         said = hub_said("model.path", "", path, error, instead) if is_hub_id(path) else None
-        if isinstance(said, HubLost):
+        if said:
             raise said from None
         kind = "folder" if Path(path).exists() else "path"
         raise ConfigError(

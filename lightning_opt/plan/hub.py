@@ -11,25 +11,12 @@ class HubLost(RuntimeError):
     """The hub could not be reached, or gave up on us, after all tries; asking again later may help."""
 
 
-def gated(field: str, kind: str, name: str) -> ConfigError:
-    """What is said where the hub knows us not, or not well enough.
-
-    Args:
-        field: the config field.
-        kind: ``datasets`` for a data set, empty for a model: the part of its page's address.
-        name: on the hub.
-    """
-    page = "/".join(part for part in ("https://huggingface.co", kind, name) if part)
-    how = f"accept its terms at {page}, then `hf auth login` (or set HF_TOKEN) and repeat the command"
-    return ConfigError(field, name, f"must be open to you: it is gated or private; {how}")
-
-
 def hub_said(field: str, kind: str, name: str, error: BaseException, instead: str) -> ConfigError | HubLost | None:
     """The hub's refusals, and those of a hub that is switched off, in one line each; None for what is none of them.
 
     Args:
         field: the config field.
-        kind: ``datasets`` for a data set, empty for a model.
+        kind: ``datasets`` for a data set, empty for a model: the part of its page's address.
         name: on the hub.
         error: what was raised, by huggingface_hub or by who called it.
         instead: what can stand for the hub.
@@ -39,7 +26,9 @@ def hub_said(field: str, kind: str, name: str, error: BaseException, instead: st
     lost = errors.HfHubHTTPError | errors.LocalEntryNotFoundError | ConnectionError | TimeoutError
     for one in _with_causes(error):
         if isinstance(one, errors.GatedRepoError):
-            return gated(field, kind, name)
+            page = "/".join(part for part in ("https://huggingface.co", kind, name) if part)
+            how = f"accept its terms at {page}, then `hf auth login` (or set HF_TOKEN) and repeat the command"
+            return ConfigError(field, name, f"must be open to you: it is gated or private; {how}")
         if isinstance(one, errors.RepositoryNotFoundError):
             what = "data set" if kind else "model"
             return ConfigError(field, name, f"must be a {what} on the hub; `hf auth login` if it is private")

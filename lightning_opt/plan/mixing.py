@@ -15,7 +15,7 @@ LONGEST_DENSE_MASK = 1024
 """Tokens of a sequence whose documents can be kept apart without a GPU: the mask holds a byte for each pair of them."""
 
 _FIELDS = ("until", "weights")
-_NEEDED = {"name": "mine", "sequence_length": "${model.context_length}"}
+_NEEDED = {"name": "mine", "sequence_length": "${model.context_length}", "source": "prepared"}
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,24 @@ class DataPhase:
 
 
 def check_data_fields(data: Mapping[str, Any]) -> None:
-    """Refuses a data set that leaves out what has no default.
+    """Refuses a data set that leaves out what has no default, or has what cannot be a place.
 
     Args:
         data: ``config["data"]``.
 
     Raises:
-        ConfigError: names the line that its file lacks.
+        ConfigError: names the line that its file lacks, or the field.
     """
     for field, example in _NEEDED.items():
         if data.get(field) is None:
             raise ConfigError(f"data.{field}", None, f"must be said by the file in conf/data: {field}: {example}")
+    for field in ("path", "root", "decontaminate", "cache_dir"):
+        check_value(f"data.{field}", data.get(field))
+    tokenizer = data.get("tokenizer") or {}
+    if not isinstance(tokenizer, Mapping):
+        what = f"must be a mapping; the one to read is named by data.tokenizer.path={tokenizer}"
+        raise ConfigError("data.tokenizer", tokenizer, what)
+    check_value("data.tokenizer.path", tokenizer.get("path"))
 
 
 def data_phases(data: Mapping[str, Any]) -> list[DataPhase]:

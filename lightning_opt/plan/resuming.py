@@ -87,7 +87,7 @@ def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], allow: Sequence
     Raises:
         ConfigError: something else differs; one line names each value, saved and current, and the remedy.
     """
-    changed = {name: list(_differences(name, saved[name], now[name])) for name in _shared(saved, now)}
+    changed = {name: list(differences(name, saved[name], now[name])) for name in _shared(saved, now)}
     changed = {name: found for name, found in changed.items() if found}
     if set(changed) & {"tokenizer", "sequence_length"} and [one[0] for one in changed.get("data", [])] == [_FOLLOWS]:
         del changed["data"]
@@ -105,7 +105,7 @@ def check_same(saved: Mapping[str, Any], now: Mapping[str, Any], allow: Sequence
 
 def length_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs in steps and schedule, which is no reason to refuse: ``max_steps 100 -> 200``."""
-    found = _differences("length", saved.get("length", {}), now["length"]) if saved.get("length") else ()
+    found = differences("length", saved.get("length", {}), now["length"]) if saved.get("length") else ()
     return [f"{name.removeprefix('length.')} {show(old)} -> {show(new)}" for name, old, new in found]
 
 
@@ -128,8 +128,14 @@ def _shared(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [name for name in _COMPARED if name in saved and name in now]
 
 
-def _differences(field: str, saved: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
-    """(field, saved, now) of each value that differs; of two things with different names only their names."""
+def differences(field: str, saved: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
+    """(field, saved, now) of each value that differs; of two things with different names only their names.
+
+    Args:
+        field: what both are, in dots.
+        saved: of then.
+        now: to compare it with.
+    """
     if saved == now:
         return
     if not (isinstance(saved, dict) and isinstance(now, dict)):
@@ -140,4 +146,4 @@ def _differences(field: str, saved: Any, now: Any) -> Iterator[tuple[str, Any, A
         yield "data.weights", saved["weights"], now["weights"]
     else:
         for key in dict.fromkeys([*saved, *now]):
-            yield from _differences(f"{field}.{key}", saved.get(key), now.get(key))
+            yield from differences(f"{field}.{key}", saved.get(key), now.get(key))

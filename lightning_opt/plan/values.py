@@ -28,6 +28,11 @@ def _choice(*choices: str, **more: Any) -> Rule:
     return Rule("choice", choices=choices, **more)
 
 
+def _place(none: str) -> Rule:
+    what = f"must be the name of a folder or file, or null for {none}; one that reads as a number is written ./5"
+    return Rule("str", none=none, expected=what)
+
+
 _FRACTION = {"low": 0, "high": 1, "high_open": True}
 SMALLEST_VOCABULARY = 257
 LARGEST_TRAINED_VOCABULARY = 16384  # of 6 MB of text: each entry is seen about a hundred times
@@ -202,13 +207,23 @@ RULES: dict[str, Rule] = {
         expected="must be off, full or every_N (every N-th layer, for example every_2)",
     ),
     "non_embedding_params": _count(none="counted once the model is built"),
+    "model.path": _place("none"),
     # data
     "source": _choice("embedded", "files", "prepared"),
     "sequence_length": _count(8, "tokens"),
+    "data.path": _place("none"),
+    "data.root": _place("the hub"),
+    "data.decontaminate": _place("no sets"),
+    "data.cache_dir": _place("data_cache"),
+    "data.tokenizer.path": _place("one that is trained on the text"),
     "data.weights.*": _number(0, hint="the corpus's share beside the others, 0 leaves it out"),
     "data.block_cross_document_attention": Rule("bool"),
     "data.warn_above_epochs": _positive("typical 4", none="no warning"),
     "val_fraction": _number(0, 0.5, low_open=True, hint="typical 0.02"),
+    "data.corpora.*.repo": Rule("str", none="a folder, which path names"),
+    "data.corpora.*.path": _place("a data set on the hub, which repo names"),
+    "data.corpora.*.revision": Rule("str", none="main"),
+    "data.corpora.*.column": Rule("str", none="text, else content"),
     "data.corpora.*.val_fraction": _number(0, 0.5, hint="of the documents; 0 = none"),
     "data.corpora.*.val_tokens": _count(none="a corpus to train on", hint="typical 1e7"),
     "prepare.tokens": _count(hint="of all corpora together, for example 3e9"),
@@ -216,6 +231,8 @@ RULES: dict[str, Rule] = {
     "num_workers": _count(0),
     # evaluation
     "suite": _choice("mini", "full", "none"),
+    "evaluation.data_dir": _place("the hub"),
+    "evaluation.cache": _place("no cache"),
     "evaluation.limit": _count(hint="documents per task", none="all"),
     "evaluation.batch_size": _count(hint="prompts of full context in one batch"),
     "evaluation.max_gen_toks": _count(hint="tokens written per HumanEval problem", none="the suite's own"),

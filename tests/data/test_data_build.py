@@ -236,9 +236,17 @@ def test_damaged_prepared_shards_are_refused(prepared: dict[str, Any]) -> None:
 
 
 def test_shards_of_another_tokenizer_are_refused(prepared: dict[str, Any]) -> None:
-    t.train_tokenizer(make_texts(50), 281).save(str(Path(prepared["path"], "tokenizer.json")))
-    with pytest.raises(ConfigError, match=r"tokenizer\.json beside it"):
-        data.build(prepared, seed=1)
+    """And those without their manifest: both before torch is imported."""
+    file = Path(prepared["path"], "tokenizer.json")
+    t.train_tokenizer(make_texts(50), 281).save(str(file))
+    with pytest.raises(ConfigError, match=r"tokenizer\.json beside them, which is another now; make it again: python"):
+        data.check(prepared)
+    file.write_text("{")
+    with pytest.raises(ConfigError, match=r"tokenizer\.json beside them"):
+        data.check(prepared)
+    Path(prepared["path"], "dclm", "MANIFEST.json").unlink()
+    with pytest.raises(ConfigError, match=r"dclm/MANIFEST\.json is missing .*; make it again: python"):
+        data.check(prepared)
 
 
 def test_real_text(shared_data: Path, tmp_path: Path, config: Config) -> None:

@@ -158,7 +158,7 @@ def test_documents_are_left_out_counted_and_the_sets_recorded(sets: Path, tmp_pa
     shards = open_shards(tmp_path / "shards" / "mine")
     assert shards.train_bytes + shards.val_bytes == sum(len(x.encode()) for k, x in enumerate(texts) if k % 6)
     write_jsonl(tmp_path / "sets" / "quiz.jsonl", ["another"], "question")
-    with pytest.raises(ConfigError, match="holds shards of decontaminate"):
+    with pytest.raises(ConfigError, match=r"holds shards of data\.decontaminate"):
         preparing.prepare({**config, "decontaminate": str(tmp_path / "sets")}, tokens=1e6)
 
 

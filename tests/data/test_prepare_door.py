@@ -107,6 +107,53 @@ def test_training_is_told_the_weights_that_were_prepared(
         ConfigError, match=r"data\.weights\.starcoder = 0\.0609: must be 0: the shards of .* without it"
     ):
         data.check(configuration(told[:2])["data"])
+    for wrong, why in (
+        ("dlcm", r"its name must be one of dclm, proofpile; did you mean dclm\?"),
+        ("c4_en", "must be 0: it"),
+    ):
+        with pytest.raises(ConfigError, match=rf"data\.weights\.{wrong} = 1\.0: {why}"):
+            data.check(configuration([*told, f"data.weights.{wrong}=1.0"])["data"])
+
+
+def test_shards_without_validation_text_are_no_success(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who would train on them is told what helps, which is not the same command again."""
+    from lightning_opt import data
+    from recipes.prepare_data import configuration, main
+
+    alone = ["data.corpora.c4_en=null", "data.corpora.dclm.val_fraction=1e-9"]
+    words = [*command(place, tmp_path / "shards", "tokens=2000", f"data.root={place / 'hub'}")[3:], *alone]
+    words.remove("data.corpora.c4_en.val_tokens=300")
+    assert main(words) == 1
+    said = capsys.readouterr()
+    assert "train on them" not in said.out
+    assert said.err.count("\n") == 1
+    assert "data.corpora.NAME.val_fraction, or more tokens, and another data.path" in said.err
+    with pytest.raises(ConfigError, match=r"nothing was held out: prepare others, in another data\.path"):
+        data.check(configuration(words)["data"])
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("data.path=2026", "data.path = 2026: must be the name of a folder or file"),
+        ("data.decontaminate=5", "data.decontaminate = 5: must be the name of a folder or file"),
+        ("data.tokenizer=gpt2", "data.tokenizer = gpt2: must be a mapping; the one to read is named by data.tokenizer"),
+        ("data.corpora.dclm.files=5", "data.corpora.dclm.files = 5: must be a pattern or a list of them"),
+        ("data.corpora.dclm.column=5", "data.corpora.dclm.column = 5: must be a word, or null for text, else content"),
+        ("data.corpora.dclm.val_fractoin=0.1", "did you mean val_fraction?"),
+        ("~data.source", "data.source"),
+    ],
+)
+def test_wrong_values_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], word: str, said: str) -> None:
+    from recipes.prepare_data import main
+
+    assert main(["data=dclm_starcoder_proofpile", f"data.path={tmp_path / 'shards'}", "tokens=1e6", word]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_file_that_the_page_shows_is_a_whole_one(repository: Path, tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_a_dry_run_writes_nothing_and_reckons_right(
         ({"source": "files"}, r"data\.source = files: only data=\.\.\. with source: prepared"),
         (
             {"corpora": {"dclm": {"repo": DCLM, "fils": "*"}}},
-            r"data\.corpora\.dclm\.fils = \*: is no field of a corpus",
+            r"data\.corpora\.dclm\.fils = \*: must be one of .*; did you mean files\?$",
         ),
         ({"corpora": {"dclm": {"files": "*"}}}, r"data\.corpora\.dclm = .*must name either repo"),
         ({"corpora": {"../x": {"repo": DCLM}}}, r"data\.corpora\.\.\./x = \.\./x: must be a name"),

@@ -28,9 +28,11 @@ def test_the_same_command_again_finds_it_made_and_another_is_refused(
     before = content(Path(config["path"]))
     monkeypatch.setattr(preparing, "_make", None)
     assert preparing.prepare(config, tokens=6000) == report
-    with pytest.raises(ConfigError, match=r"holds shards of tokens = 6000: name another data\.path, or delete it"):
+    with pytest.raises(ConfigError, match=r"tokens = 6000, not of 6001: name another data\.path, or delete it$"):
         preparing.prepare(config, tokens=6001)
-    with pytest.raises(ConfigError, match="holds shards of weights"):
+    with pytest.raises(
+        ConfigError, match=r"data\.weights\.dclm = 0\.6, not of 0\.3333: .*too: data\.weights\.starcoder, "
+    ):
         preparing.prepare({**config, "weights": {"dclm": 1, "starcoder": 1, "proofpile": 1}}, tokens=6000)
     assert content(Path(config["path"])) == before
 
@@ -139,6 +141,13 @@ def test_training_refuses_a_part_of_what_was_prepared(
         with pytest.raises(KeyboardInterrupt):
             preparing.prepare(copy_of_made, tokens=6000, processes=1)
     with pytest.raises(ConfigError, match=rf"its preparation is not over; go on with it: {command}"):
+        data.check(config, tokens=9)
+    words = ["data=study", "tokens=6000", "data.root=hub"]
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, "_fill", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            preparing.prepare(copy_of_made, tokens=6000, processes=1, arguments=words)
+    with pytest.raises(ConfigError, match=rf"go on with it: .*prepare_data {' '.join(words)} data\.path={shards}$"):
         data.check(config, tokens=9)
     preparing.prepare(copy_of_made, tokens=6000, processes=1)
     data.check(config)

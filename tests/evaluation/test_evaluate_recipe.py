@@ -39,8 +39,13 @@ def answers_nowhere_else(tmp_path_factory: pytest.TempPathFactory, monkeypatch: 
         (["some-org/my.model"], "hf download some-org/my.model --local-dir my.model"),
         (["{checkpoint}", "--tasks", "hellasawg"], "did you mean hellaswag?"),
         (["{checkpoint}", "--suite", "ful"], "did you mean full?"),
+        (["{checkpoint}", "--suite", "none"], "must be one of full, mini"),
         (["{checkpoint}", "--suite", "full", "--data-dir", "/no/such/folder"], "humaneval.jsonl"),
         (["{checkpoint}", "{checkpoint}", "--out", "README.md"], "must be a folder"),
+        (
+            ["{checkpoint}", "--out", "README.md/deep", "--tasks", "mmlu"],
+            "--out = README.md/deep: must be a folder we",
+        ),
         (["{checkpoint}", "--engine", "vllm"], "vllm is not installed"),
         (["{checkpoint}", "--engine-args", "seed"], "name=value"),
         (["{checkpoint}", "--sandbox-seconds", "0"], "seconds a generated program may run"),
@@ -370,6 +375,31 @@ def test_any_folder_with_results_goes_on_a_page(
     (out / "scores.html").unlink()
     assert door.main(shlex.split(again)[3:]) == 0
     assert (out / "scores.html").read_text() == text
+
+
+@pytest.mark.parametrize("text", ["", '{"summ', "[]", "{}"])
+def test_results_that_are_cut_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture, text: str) -> None:
+    from recipes.evaluate import main
+
+    (tmp_path / "results.json").write_text(text)
+    assert main([str(tmp_path), "--report-only", "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"--report-only = {tmp_path / 'results.json'}: must be whole")
+    assert said.count("\n") == 1
+
+
+def test_weights_that_cannot_be_read_are_one_line(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    from recipes.evaluate import main
+
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoint, broken)
+    (broken / "model.safetensors").write_bytes(b"no tensors")
+    assert main([str(broken), "--tasks", "mmlu", "--device", "cpu", "--no-cache"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"PATH = {broken}: must be whole, and transformers cannot load it (")
+    assert said.count("\n") == 1
 
 
 def test_everything_wrong_with_the_paths_is_listed(

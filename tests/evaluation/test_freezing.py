@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
@@ -131,6 +132,18 @@ def test_what_is_whole_is_not_fetched_again_and_what_changed_is_refused(hub: Pat
     freeze(folder, ["copa", "boolq"], said.append)
     assert path.read_bytes() == whole
     assert said[-2:] == ["copa_val.jsonl: 50 documents of aps/super_glue", "boolq_val.jsonl: already frozen"]
+
+
+def test_a_list_that_is_cut_and_a_file_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
+    settings = {"suite": "full", "data_dir": str(tmp_path), "tasks": ["copa"]}
+    (tmp_path / "copa_val.jsonl.gz").write_bytes(gzip.compress(b'{"label": 1}\n' * 99)[:-12])
+    with pytest.raises(ConfigError, match=r"data_dir = .*copa_val\.jsonl\.gz: must be readable JSON lines"):
+        list(suites.read_documents(tmp_path / "copa_val.jsonl.gz"))
+    suites.check(settings)
+    (tmp_path / "FROZEN.json").write_text('{"copa_val.jso')
+    for use in (lambda: suites.check(settings), lambda: freeze(tmp_path, ["copa"])):
+        with pytest.raises(ConfigError, match=r"FROZEN\.json: must be whole, and is cut or no JSON: remove it"):
+            use()
 
 
 def test_one_failing_set_does_not_lose_the_others(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,11 @@ PLAN: dict[str, Any] = {
     "mixture": PHASES,
     "warn_above_epochs": 4.0,
     "documents_apart": True,
-    "corpora": [{"name": name, "weight": 0.5, "epochs": PHASES[1]["epochs"][name]} for name in "ab"],
+    "corpora": [
+        {"name": "a", "weight": 0.5, "epochs": 5.0, "train_tokens": 900, "unigram_entropy": 5.432},
+        {"name": "b", "weight": 0.5, "epochs": 1.0, "train_tokens": 2000, "unigram_entropy": None},
+        {"name": "c4_en", "weight": 0.0, "epochs": None, "train_tokens": 0, "unigram_entropy": 5.0},
+    ],
 }
 
 
@@ -42,8 +46,13 @@ def test_corpora_that_are_read_too_often_are_named(
     assert [line.split()[0] for line in warned] == told
     assert all("data.warn_above_epochs" in line and "\n" not in line for line in warned)
     said = [" ".join(record.getMessage().split()) for record in caplog.records if record.levelno == logging.INFO]
+    corpora = [
+        "a weight 0.500 900 tokens, 5.00 epochs; unigram entropy 5.43 nats",
+        "b weight 0.500 2.00k tokens, 1.00 epochs; no validation text of its own",  # as the study's mixture has it
+        "c4_en validation only",
+    ]
     phases = ["start until 6.00k tokens: a 0.500 b 0.500", "anneal until 8.00k tokens: a 1.000"]
-    assert said == [*phases, "no token sees another document"]
+    assert said == [*corpora, *phases, "no token sees another document"]
 
 
 @pytest.mark.parametrize(
@@ -64,7 +73,8 @@ def test_the_report_shows_the_epochs_that_were_read(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text(json.dumps(summarize(tmp_path)))
     table = tables.corpora(read(tmp_path))
     column = table.header.index("epochs")
-    assert [(row[0], float(row[column])) for row in table.rows] == [("a", 5.0), ("b", 1.0)]
+    assert [(row[0], float(row[column])) for row in table.rows[:2]] == [("a", 5.0), ("b", 1.0)]
+    assert (table.rows[2][0], table.rows[2][column]) == ("c4_en", "not measured")
     assert "Read more than 4 times (data.warn_above_epochs): a." in table.note
     assert "anneal until token 8,000: a 100" in table.note
     assert "No token saw another document." in table.note

@@ -29,6 +29,10 @@ def test_help_imports_nothing_heavy_and_says_what_there_is(train_py, repository)
         "python -m recipes.report SWEEP",
         "--compare",
         "all jobs at once on this machine",
+        "python train.py model=moe_nano",
+        "callbacks.sample_scores.every_n_steps=100",
+        "python -m recipes.prepare_data data=dclm_starcoder_proofpile",
+        "python -m recipes.evaluate RUN --suite full",
     ):
         assert words in done.out
 

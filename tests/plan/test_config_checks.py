@@ -130,6 +130,9 @@ def test_epochs_wait_for_the_data():
         ({"data__val_fraction": 0.6}, "data.val_fraction = 0.6: ", "<= 0.5"),
         ({"data__name": None}, "data.name = null: ", "name: mine"),
         ({"data": {"name": "mine"}}, "data.sequence_length = null: ", "${model.context_length}"),
+        ({"data": {"name": "mine", "sequence_length": 16}}, "data.source = null: ", "source: prepared"),
+        ({"data__path": 5}, "data.path = 5: ", "./5"),
+        ({"data__tokenizer": "gpt2"}, "data.tokenizer = gpt2: ", "data.tokenizer.path=gpt2"),
         ({"trainer__max_tokens": 100}, "trainer.max_tokens = 100: ", "2048"),
         (
             {"trainer__global_batch_size": 9, "trainer__micro_batch_size": 2},
