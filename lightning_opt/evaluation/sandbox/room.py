@@ -129,7 +129,6 @@ class Sandbox:
 
     Args:
         limits: of each program.
-        number: of those that stand side by side: below 64, no two of them use the same user id.
 
     Attributes:
         user: the user id that programs run as, once started.
@@ -138,8 +137,8 @@ class Sandbox:
         SandboxError: from `start` and `run`, where the machine cannot isolate programs.
     """
 
-    def __init__(self, limits: Limits | None = None, number: int = 0) -> None:
-        self.limits, self._number = limits or Limits(), number
+    def __init__(self, limits: Limits | None = None) -> None:
+        self.limits = limits or Limits()
         self.user: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
@@ -160,7 +159,7 @@ class Sandbox:
         folder = Path(__file__).resolve().parent
         sources = {name: (folder / file).read_text("utf-8") for name, file in _FILES.items()}
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", "-c", _START, str(self._number)],
+            [sys.executable, "-I", "-S", "-B", "-c", _START],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -29,7 +29,7 @@ class Rooms:
 
     def __init__(self, limits: Limits | None = None, count: int | None = None) -> None:
         limits = limits or Limits()
-        self.rooms = [Sandbox(limits, number) for number in range(count or affordable(limits))]
+        self.rooms = [Sandbox(limits) for _ in range(count or affordable(limits))]
 
     def run(self, programs: Sequence[str], told: Callable[[], None] = lambda: None) -> list[Verdict]:
         """Runs programs as `Sandbox.run` does, each alone in its room.

@@ -19,6 +19,7 @@ import copy  # noqa: F401
 import dataclasses  # noqa: F401
 import datetime  # noqa: F401
 import decimal  # noqa: F401
+import errno
 import fractions  # noqa: F401
 import functools  # noqa: F401
 import glob
@@ -53,7 +54,7 @@ _LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
 
 Limits = collections.namedtuple("Limits", "seconds memory_bytes processes file_bytes open_files folder_bytes")
 _TRIAL = Limits(10.0, 512 << 20, 4, 1 << 20, 32, 1 << 20)
-_ROOMS = 64
+_claims: list[socket.socket] = []  # held as long as the room stands; candidates lose every descriptor but two
 
 
 def _read_exactly(fd: int, count: int) -> bytes:
@@ -74,8 +75,8 @@ def _send(fd: int, message: dict) -> None:
         view = view[os.write(fd, view) :]
 
 
-def _free_user(number: int) -> int:
-    """A user id that no account, no running process and no room of another number has."""
+def _free_user() -> int:
+    """A user id that no account, no running process and no other room of this machine has."""
     taken = set()
     with contextlib.suppress(OSError), open("/etc/passwd", encoding="utf-8", errors="replace") as accounts:
         taken.update(line.split(":")[2] for line in accounts if line.count(":") >= 3)
@@ -85,18 +86,30 @@ def _free_user(number: int) -> int:
                 taken.add(str(entry.stat().st_uid))
     choice = random.SystemRandom()
     while True:
-        user = choice.randrange(61_184 + number % _ROOMS, 65_520, _ROOMS)  # below 65536: containers may map no more
-        if str(user) not in taken:
+        user = choice.randrange(61_184, 65_520)  # below 65536: containers may map no more
+        if str(user) not in taken and _claim(user):
             return user
 
 
-def _make_namespaces(number: int) -> tuple[int, bool]:
+def _claim(user: int) -> bool:
+    """Whether no other room has this id: a name that the kernel gives to one, and takes back when it dies."""
+    name = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        name.bind(f"\0lightning_opt sandbox {user}")
+    except OSError as error:
+        name.close()
+        return error.errno != errno.EADDRINUSE  # where such names cannot be had, ids are only unlikely to meet
+    _claims.append(name)
+    return True
+
+
+def _make_namespaces() -> tuple[int, bool]:
     """The user id for candidates, and whether the room knows that one alone (then nobody can change the user).
 
     Root that may not make namespaces makes them in a user namespace, and candidates must not be root of the host there
     either: no process limit binds it (getrlimit(2), RLIMIT_NPROC), whatever it is called inside.
     """
-    user = _free_user(number)
+    user = _free_user()
     flags = kernel.NEW_NS | kernel.NEW_PID | kernel.NEW_NET | kernel.NEW_IPC | kernel.NEW_UTS
     outer_user, outer_group = os.geteuid(), os.getegid()
     if outer_user == 0:
@@ -350,10 +363,9 @@ def main() -> None:
     null = os.open("/dev/null", os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(null, standard)
-    number = int(sys.argv.pop())
     sys.executable, sys.orig_argv = "", []
     try:
-        user, mapped = _make_namespaces(number)
+        user, mapped = _make_namespaces()
         inner = os.fork()
     except OSError as error:
         _send(answers, {"error": f"this machine grants no namespaces ({error})"})

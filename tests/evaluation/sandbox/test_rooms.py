@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from types import SimpleNamespace
 
@@ -40,6 +41,25 @@ def test_the_verdicts_are_those_of_one_by_one() -> None:
     assert [one.passed for one in found] == [True, True, False, False, False, False, False, True, True, False]
     assert len(told) == len(PROGRAMS)
     assert len(users) == 3
+
+
+@pytest.mark.skipif(not ISOLATED, reason=WHY)
+def test_a_user_id_is_claimed_from_all_of_the_machine_while_its_room_stands() -> None:
+    """Process limits count by user id: a room of another process under the same one would eat into them."""
+
+    def is_free(user: int) -> bool:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as name:
+            try:
+                name.bind(f"\0lightning_opt sandbox {user}")
+            except OSError:
+                return False
+        return True
+
+    with Sandbox() as room:
+        assert room.run("pass").passed
+        user = room.user
+        assert not is_free(user)
+    assert is_free(user)
 
 
 def test_as_many_as_there_are_rooms_run_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
