@@ -27,12 +27,16 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_opt.job.signals import Terminated, terminable
 from lightning_opt.plan import ConfigError, closest, one_of
 from lightning_opt.plan.errors import show
 from lightning_opt.plan.secrets import guarding
+
+if TYPE_CHECKING:
+    from lightning_opt.study.cells import Trial
+    from lightning_opt.study.phases import Standing
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
@@ -246,6 +250,7 @@ def replayed(settings: Mapping[str, Any], words: Sequence[str]) -> int:
 def live(settings: Mapping[str, Any], words: Sequence[str], asked: Sequence[str]) -> int:
     """Runs a study, or says how it stands."""
     from lightning_opt.launch import Checker, Composer
+    from lightning_opt.study.harvest import check_same_data
     from lightning_opt.study.phases import drive
     from recipes import studying
     from recipes.study_design import OF_THE_SWEEP, count, design_of, names
@@ -267,13 +272,17 @@ def live(settings: Mapping[str, Any], words: Sequence[str], asked: Sequence[str]
         about.show()
         return 0
     if settings["dry_run"]:
-        print("\n".join(about.plan_lines(config["trainer"].get("num_threads") or 1)))
+        print("\n".join(about.plan_lines()))
         return 0
     line = ["-m", "recipes.study", *asked]
     waves = studying.Waves(design, out / "runs", command=line, shared=shared, stop_after=stop_after)
-    most = stop_after and 8 * about.at_once
+
+    def tell(standing: Standing, wave: Sequence[Trial]) -> None:
+        check_same_data(design, standing, about.ledger())
+        about.show()
+
     with studying.Progress(about):
-        code = drive(design, about.ledger, waves, only=only, at_once=most, tell=lambda *_: about.show())
+        code = drive(design, about.ledger, waves, only=only, tell=tell)
     if code in (130, 143):
         print("stopped; the same command goes on where it was", file=sys.stderr)
         return code

@@ -7,6 +7,7 @@ import io
 import math
 import os
 import shlex
+import shutil
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -16,11 +17,11 @@ from typing import Any
 
 from lightning_opt.plan import duration
 from lightning_opt.run_folder.records import write_text
-from lightning_opt.study.cells import REPORTING, Key, Ledger, Outcome, Trial, read_ledger
+from lightning_opt.study.cells import REPORTING, TUNING, Key, Ledger, Outcome, Trial, read_ledger
 from lightning_opt.study.forecast import Forecast, Speeds, counts, forecast
 from lightning_opt.study.harvest import check_same_data, facts_of, results_of
 from lightning_opt.study.hyper_laws import HYPER_LAW_COLUMNS, law_row, tuned_laws
-from lightning_opt.study.phases import CellStanding, Design, Standing, stand
+from lightning_opt.study.phases import STOPS, CellStanding, Design, Standing, stand
 from lightning_opt.study.replay import analyse
 from lightning_opt.study.results import Results, write_results
 from lightning_opt.study.significance import pooled
@@ -89,12 +90,8 @@ class About:
             said.append(f"{_most(left)} to go, {duration(left.seconds / self.at_once)} at {self.at_once} at once")
         return "study: " + ", ".join(said)
 
-    def plan_lines(self, threads: int) -> Iterator[str]:
-        """What the study takes at most, for a dry run.
-
-        Args:
-            threads: of one run.
-        """
+    def plan_lines(self) -> Iterator[str]:
+        """What the study takes at most, for a dry run."""
         design, (standing, _, speeds) = self.design, self._now()
         left = forecast(design, standing, speeds)
         second = "" if design.reduced_budget == design.budget else f", in phase II {design.reduced_budget}"
@@ -109,8 +106,11 @@ class About:
         yield (
             f"{left.runs} {words}: {left.tuning} to tune, {left.reporting} to report ({len(design.seeds)} seeds a cell)"
         )
-        origin = "at the speed of this study's runs" if left.measured else "estimated by flops_per_second"
-        yield f"{left.seconds * (threads if left.measured else 1):,.0f} core-seconds at most, {origin}"
+        if left.measured:
+            clock = duration(left.seconds / self.at_once)
+            yield f"{clock} at most with {self.at_once} at once, at the speed that this study's runs had"
+        else:
+            yield f"{left.seconds:,.0f} core-seconds at most, estimated by flops_per_second"
 
 
 def _named(cell: Any) -> str:
@@ -199,16 +199,25 @@ class Waves:
         stop_after: float | None = None,
     ) -> None:
         self.design, self.folder, self.command, self.shared = design, folder, command, shared
-        self._end = None if stop_after is None else time.monotonic() + stop_after
+        self._end = math.inf if stop_after is None else time.monotonic() + stop_after
 
     def __call__(self, trials: Sequence[Trial]) -> int:
         """The exit code of a sweep of these trials, or `OUT_OF_TIME`."""
-        if self._end is not None and time.monotonic() >= self._end:
-            return self.OUT_OF_TIME
-        from lightning_opt.launch import run_jobs
+        code = self.OUT_OF_TIME
+        if time.monotonic() < self._end:
+            from lightning_opt.launch import run_jobs
 
-        lists = [self.design.words(trial) for trial in trials]
-        return run_jobs(lists, self.folder, words=self.command, shared=self.shared, draw=False)
+            lists = [self.design.words(trial) for trial in trials]
+            code = run_jobs(lists, self.folder, words=self.command, shared=self.shared, draw=False, until=self._end)
+            self._tidy()
+        return code if code in STOPS or time.monotonic() < self._end else self.OUT_OF_TIME
+
+    def _tidy(self) -> None:
+        """Nobody goes on from a run that has a result, and nobody uses the weights of one that only chose."""
+        ours = any(word.startswith("callbacks.checkpoint.") for word in self.design.extra.get(TUNING, ()))
+        for key, one in read_ledger(self.folder).items() if ours else ():
+            if ("trainer.val_part", TUNING) in key and one.is_result and one.folder:
+                shutil.rmtree(one.folder / "checkpoints", ignore_errors=True)
 
 
 def command(words: Sequence[str]) -> str:
@@ -245,7 +254,7 @@ def conclude(
     """
     ledger = read_ledger(out / "runs")
     standing = stand(design, ledger)
-    check_same_data(standing)
+    check_same_data(design, standing, ledger)
     results = results_of(standing, f"run folders of {out.name}")
     if not results.losses:
         print("no run that is reported has come to its end yet: nothing to conclude")
@@ -263,6 +272,7 @@ def conclude(
     laws_of = tuned_laws({one.plan.cell: one.best for one in standing.cells if one.over and one.best}, results.sizes)
     csv.writer(text, lineterminator="\n").writerows([HYPER_LAW_COLUMNS, *map(law_row, laws_of)])
     write_text(out / "hyper_laws.csv", text.getvalue())
+    facts["hyper_laws"] = laws_of
     facts |= {"title": "Which optimizer?", "commands": commands(standing, results, design, out, asked)}
     from lightning_opt.reports.study import write
 

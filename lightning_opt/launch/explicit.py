@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ def run_jobs(
     words: Sequence[str],
     shared: Sequence[str] = (),
     draw: bool = True,
+    until: float = math.inf,
 ) -> int:
     """Runs those of the jobs that have no result yet; the others, and what the folder holds besides, stay as they are.
 
@@ -32,6 +34,8 @@ def run_jobs(
         shared: overrides of all jobs, and of the sweep (``jobs_per_device=2``, ``on_failure=retry:1``,
             ``hydra/launcher=submitit_slurm``).
         draw: whether the sweep's comparison is drawn, and what has no result is said; else both are for the caller.
+        until: `time.monotonic` after which our launcher starts nothing more; one with a queue of its own has all jobs
+            at once.
 
     Returns:
         The exit code: 130 or 143 where it was stopped, else 1 where one of these jobs has no result, else 3 where one
@@ -49,7 +53,11 @@ def run_jobs(
         command = check_lists(_checker(), lists, Path(folder), shared=shared)
         try:
             return run_sweep(
-                command, words, lambda overrides: hand_to_hydra(["--multirun", *overrides], task.run_job), draw=draw
+                command,
+                words,
+                lambda overrides: hand_to_hydra(["--multirun", *overrides], task.run_job),
+                draw=draw,
+                until=until,
             )
         finally:
             signals.over = False  # the caller goes on, and may be stopped

@@ -6,11 +6,13 @@ this process and dies with it too.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -149,6 +151,7 @@ class Pool:
     Args:
         places: where.
         on_failure: ``continue``, ``stop`` (what runs may finish, nothing more starts) or ``retry:N``.
+        until: `time.monotonic` after which nothing more starts; what runs may finish.
         before: told a task's index when it starts.
         after: told a task's index and its process's exit code, negative for a signal; answers the exit code that
             counts, since the process may have died after its work was done.
@@ -159,10 +162,11 @@ class Pool:
         places: Places,
         on_failure: str = "continue",
         *,
+        until: float = math.inf,
         before: Callable[[int], None] = lambda index: None,
         after: Callable[[int, int], int] = lambda index, code: code,
     ) -> None:
-        self._places, self._before, self._after = places, before, after
+        self._places, self._before, self._after, self._until = places, before, after, until
         self._stops_at_failure = on_failure == "stop"
         self._retries = int(on_failure.partition(":")[2] or 0)
         self._waiting: deque[tuple[int, Task]] = deque()
@@ -202,6 +206,8 @@ class Pool:
         return codes
 
     def _start_what_fits(self) -> None:
+        if time.monotonic() >= self._until:
+            self._waiting.clear()
         while self._waiting:
             index, task = self._waiting[0]
             places = self._places.take(task.devices)

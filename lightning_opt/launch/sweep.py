@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import signal
 import sys
@@ -64,6 +65,7 @@ _CODES = {"FINISHED": ExitCode.FINISHED, "DIVERGED": ExitCode.DIVERGED, "PREEMPT
 
 # Hydra makes the sweeper itself and hands it nothing of ours, so these pass by here.
 _left: list[list[str]] = []
+_until = math.inf
 _search: Search | None = None
 
 
@@ -84,7 +86,12 @@ def current_search() -> Search:
 
 
 def run_sweep(
-    command: Command, words: Sequence[str], hand_over: Callable[[list[str]], int], *, draw: bool = True
+    command: Command,
+    words: Sequence[str],
+    hand_over: Callable[[list[str]], int],
+    *,
+    draw: bool = True,
+    until: float = math.inf,
 ) -> int:
     """Runs the jobs of a checked command that have no result yet, and compares all of them.
 
@@ -93,16 +100,17 @@ def run_sweep(
         words: the command line as it was given, after ``python``.
         hand_over: gives overrides to Hydra, which calls the sweeper and the launcher; answers an exit code.
         draw: whether the comparison is drawn and what to do next is said; else both are for the caller to do.
+        until: `time.monotonic` after which our launcher starts nothing more.
 
     Returns:
-        The exit code: 130 or 143 where it was stopped, else 1 where a job of this command failed, else 3 where one
-        diverged, else 0.
+        The exit code: 130 or 143 where it was stopped, else 1 where a job of this command has no result, else 3 where
+        one diverged, else 0.
 
     Raises:
         ConfigError: the named folder cannot be used.
     """
-    global _search
-    _search = command.search
+    global _search, _until
+    _search, _until = command.search, until
     asked = {config_hash(job.config) for job in command.jobs}
     folder, hash = _claim(command, sorted(asked))
     ledger = Ledger(folder, words, command.swept or ())
@@ -200,6 +208,7 @@ def launch(
     pool = processes.Pool(
         processes.Places([] if on_cpu else processes.visible_devices(), jobs_per_device),
         on_failure,
+        until=_until,
         before=lambda index: lines[index].begin(),
         after=lambda index, code: lines[index].end(code),
     )

@@ -21,6 +21,7 @@ METRIC_COLUMNS = (
     "step",
     "tokens",
     "time_s",
+    "cpu_time_s",
     "train/loss",
     "val/loss",
     "val/perplexity",

@@ -21,6 +21,7 @@ def summarize(folder: RunFolder | Path) -> dict[str, Any]:
 
     Returns:
         The keys of ``summary.json``. ``train_loss`` is the mean over the last twentieth of the logged steps.
+        ``cpu_seconds`` is what the process computed (of several, the first), ``seconds`` what passed.
         ``loss_volatility`` is the mean over the run of the rolling std/mean. Speeds are medians over the logged
         intervals, each of which is a total: a machine that stalls for a minute does not move them, a cost that
         comes back every few steps does, as long as it comes back within ``log_every_n_steps``.
@@ -53,6 +54,7 @@ def summarize(folder: RunFolder | Path) -> dict[str, Any]:
         "epochs_by_corpus": _epochs(plan.get("mixture") or [], tokens),
         "steps": done,
         "seconds": _last(column("time_s")),
+        "cpu_seconds": _last(column("cpu_time_s")),
         "train_loss": fmean(losses[-max(1, len(losses) // 20) :]) if losses else None,
         "val_loss": _last(column("val/loss")),
         "val_perplexity": _last(column("val/perplexity")),

@@ -259,11 +259,22 @@ def summary_of(one: Outcome) -> dict[str, Any]:
     return _summary(one.folder, one.state) if one.folder else {}
 
 
+def time_column(one: Outcome) -> str:
+    """The column of metrics.csv that tells how long a run took: of one thread on a CPU what it computed.
+
+    What else ran on the machine makes the clock's seconds longer, several times over where cores are scarce.
+    """
+    env = read_json(one.folder / "env.json") if one.folder else {}
+    alone = env.get("device") == "cpu" and env.get("num_threads") == env.get("world_size") == 1
+    return "cpu_time_s" if alone and summary_of(one).get("cpu_seconds") else "time_s"
+
+
 def costs(results: Sequence[Outcome]) -> dict[str, tuple[float, ...]]:
-    """Seconds, tokens, peak bytes and floating-point operations of finished runs, in their order.
+    """Seconds (see `time_column`), tokens, peak bytes and floating-point operations of finished runs, in their order.
 
     What one of them does not know is left out for all.
     """
+    by_cpu = all(time_column(one) == "cpu_time_s" for one in results)
     rows = []
     for one in results:
         summary = summary_of(one)
@@ -271,7 +282,8 @@ def costs(results: Sequence[Outcome]) -> dict[str, tuple[float, ...]]:
         per_token = plan.get("flops_per_token")
         flops = per_token * one.tokens if per_token else None
         peak = summary.get("peak_memory_bytes")
-        rows.append({"seconds": one.seconds or None, "tokens": one.tokens, "peak_bytes": peak, "flops": flops})
+        seconds = summary.get("cpu_seconds") if by_cpu else one.seconds or None
+        rows.append({"seconds": seconds, "tokens": one.tokens, "peak_bytes": peak, "flops": flops})
     known = [name for name in ("seconds", "tokens", "peak_bytes", "flops") if all(row[name] for row in rows)]
     return {name: tuple(float(row[name]) for row in rows) for name in known}
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lightning_opt.plan import ConfigError
 from lightning_opt.run_folder import read_json, read_metrics
 from lightning_opt.study.budget import Spent
-from lightning_opt.study.cells import TUNING, Ledger, Outcome, Trial, costs, scores, shown, summary_of
+from lightning_opt.study.cells import TUNING, Ledger, Outcome, Trial, costs, scores, shown, summary_of, time_column
 from lightning_opt.study.phases import CellStanding, Design, Standing
 from lightning_opt.study.results import Cell, Results
 from lightning_opt.study.space import changed_axes
@@ -43,17 +43,45 @@ def results_of(standing: Standing, source: str) -> Results:
     return found
 
 
-def check_same_data(standing: Standing) -> None:
+def check_same_data(design: Design, standing: Standing, ledger: Ledger) -> None:
     """Losses on different data are not compared: the embedded corpora change with Python and its packages.
 
+    Args:
+        design: the study's.
+        standing: as it stands.
+        ledger: its runs, and whatever else the folder holds.
+
     Raises:
-        ConfigError: the reported runs did not all see the same.
+        ConfigError: the runs of a model that chose and those that are reported did not all see the same. Two models may
+            have tokenizers of their own, which a note then says.
     """
-    folders = [outcome.folder for one in standing.cells for outcome in reported(one) if outcome.folder]
-    found = {read_json(folder / "plan.json").get("data_fingerprint"): folder for folder in folders}
-    if len(found) > 1:
-        named = ", ".join(folder.name for folder in found.values())
-        raise ConfigError("data", named, "must be the same in all runs of a study: start anew with out=ANOTHER_FOLDER")
+    for found in _texts(design, standing, ledger).values():
+        most, *others = sorted(found.values(), key=len, reverse=True)
+        if odd := [name for names in others for name in names]:
+            named = ", ".join(odd[:3]) + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
+            why = f"must be the same in all runs of a model, and is another in the {len(most)} others: bring back the "
+            why += "packages of then and delete these folders, or start anew with out=ANOTHER_FOLDER"
+            raise ConfigError("data", named, why)
+
+
+def _texts(design: Design, standing: Standing, ledger: Ledger) -> dict[str, dict[str, dict[str, None]]]:
+    """Model to the fingerprint of each text that its runs saw, to the names of their folders."""
+    seen: dict[str, dict[str, dict[str, None]]] = {}
+    for trial in _asked(design, standing):
+        one = ledger.get(design.key(trial), Outcome())
+        if one.is_result and one.folder:
+            mark = str(read_json(one.folder / "plan.json").get("data_fingerprint"))
+            seen.setdefault(trial.cell.params, {}).setdefault(mark, {})[one.folder.name] = None
+    return seen
+
+
+def _asked(design: Design, standing: Standing) -> Iterator[Trial]:
+    """What the study has asked for so far: the folder may hold another's runs too."""
+    if design.threshold is None:
+        yield from design.noise_trials()
+    for one in standing.cells:
+        yield from (Trial(one.plan, config, design.tuning_seed) for config, _ in one.tried)
+        yield from one.finals
 
 
 def reported(one: CellStanding) -> list[Outcome]:
@@ -101,7 +129,7 @@ def facts_of(design: Design, standing: Standing, ledger: Ledger) -> dict[str, An
         "measures": {one.plan.cell: found for one in standing.cells if (found := _measured(one))},
         "insensitive": {name: said.insensitive for name, said in standing.reduced.items()},
         "sensitive": {name: said.sensitive for name, said in standing.reduced.items()},
-        "notes": list(_notes(design, standing)),
+        "notes": [*_notes(design, standing), *_token_notes(design, standing, ledger)],
     }
     if not standing.is_done:
         facts["alarm"] = "The study is not over: whatever is said below may change."
@@ -116,7 +144,7 @@ def _curve(one: CellStanding) -> dict[str, tuple[list[float], list[float]]]:
     best = min(ended, key=lambda outcome: outcome.loss or math.inf)
     metrics = read_metrics(best.folder / "metrics.csv") if best.folder else {}
     found = {}
-    for name, column in (("tokens", "tokens"), ("time", "time_s")):
+    for name, column in (("tokens", "tokens"), ("time", time_column(best))):
         pairs = zip(metrics.get(column, ()), metrics.get("val/loss", ()), strict=False)
         kept = [(x, y) for x, y in pairs if x is not None and y is not None]
         if len(kept) > 1:
@@ -176,8 +204,35 @@ def _notes(design: Design, standing: Standing) -> Iterator[str]:
         )
     caps = f"The cap on tuning a cell is the same for all: {design.budget} in phase I"
     yield f"{caps}, {design.reduced_budget} in phase II."
-    yield "Seconds are of this machine, with whatever ran beside: speed-ups by wall time hold there."
+    ended = [outcome for one in standing.cells for outcome in reported(one)]
+    if ended and all(time_column(outcome) == "cpu_time_s" for outcome in ended):
+        yield (
+            "Seconds and wall time are of reported runs what their one thread computed, as on a core of its own: what "
+            "ran beside counts only by caches and memory."
+        )
+    else:
+        yield "Seconds are of this machine, with whatever ran beside: speed-ups by wall time hold there."
+    yield from _suite_notes(ended)
     for name in design.optimizers:
         cells, first = (sum(cell.optimizer == name for cell in of) for of in (design.plans, design.first))
         if first < 2 and first < cells:
             yield f"{name}: one cell of phase I cannot say what is insensitive; phase II keeps its values."
+
+
+def _suite_notes(ended: Sequence[Outcome]) -> Iterator[str]:
+    """What the scores may be compared with."""
+    found = [evaluation for outcome in ended if (evaluation := summary_of(outcome).get("evaluation"))]
+    if any(evaluation.get("suite") == "mini" for evaluation in found):
+        rows = {task: row for evaluation in found for task, row in evaluation.items() if isinstance(row, dict)}
+        counts = ", ".join(f"{task} {row['n']}" for task, row in rows.items() if row.get("n"))
+        yield f"Scores are of our own small sets (items: {counts}), which compare with nothing but each other."
+
+
+def _token_notes(design: Design, standing: Standing, ledger: Ledger) -> Iterator[str]:
+    """Whether nats per token mean the same for all models."""
+    marks = {mark for found in _texts(design, standing, ledger).values() for mark in found}
+    if len(marks) > 1:
+        yield (
+            "The models do not all see the same tokens (another vocabulary or sequence length): their losses cannot be "
+            "held against one another, nor does a joint law of them mean anything."
+        )

@@ -339,7 +339,6 @@ def drive(
     run: Callable[[Sequence[Trial]], int],
     *,
     only: Set[str] = frozenset(),
-    at_once: int | None = None,
     tell: Callable[[Standing, Sequence[Trial]], None] = lambda standing, wave: None,
 ) -> int:
     """Runs a study to its end, wave by wave; stopped at any time, the same call goes on.
@@ -351,7 +350,6 @@ def drive(
         read: the ledger as it is now.
         run: runs trials side by side and answers an exit code as a sweep's; a negative one ends it here.
         only: these optimizers; all where empty.
-        at_once: most runs in one wave; None: all that can run.
         tell: told how the study stands before each wave.
 
     Returns:
@@ -361,7 +359,7 @@ def drive(
     given_up: set[Key] = set()
     while True:
         standing = stand(design, read(), given_up)
-        wave = standing.to_run(given_up, design, only)[:at_once]
+        wave = standing.to_run(given_up, design, only)
         tell(standing, wave)
         if not wave:
             return int(bool(given_up))

@@ -31,6 +31,7 @@ class RunLogger(Logger):
         current_step: optimizer steps done so far.
         start_step: rows after it are dropped; None: all stay until `load_state_dict`.
         clock: seconds; injected by tests.
+        cpu_clock: seconds that this process, all its threads together, has computed; injected by tests.
     """
 
     def __init__(
@@ -42,18 +43,21 @@ class RunLogger(Logger):
         current_step: Callable[[], int],
         start_step: int | None = 0,
         clock: Callable[[], float] = time.perf_counter,
+        cpu_clock: Callable[[], float] = time.process_time,
     ):
         super().__init__()
         self.path = path
         self._tokens_per_step = tokens_per_step
         self._tokens_apart = 0  # what earlier steps of another size make up
         self._current_step = current_step
-        self._clock = clock
+        self._clock, self._cpu_clock = clock, cpu_clock
         self._columns = list(dict.fromkeys([*METRIC_COLUMNS, *columns]))
         self._row: dict[str, Any] = {}
         self._late: list[dict[str, Any]] = []  # rows that found the disk full
         kept = self._rows_until(start_step)
-        self._began = clock() - (kept[-1].get("time_s") or 0.0 if kept else 0.0)
+        last = kept[-1] if kept else {}
+        self._began = clock() - (last.get("time_s") or 0.0)
+        self._cpu_began = cpu_clock() - (last.get("cpu_time_s") or 0.0)
         self._rewrite(kept)
 
     @property
@@ -82,19 +86,22 @@ class RunLogger(Logger):
         if not self._row:
             self._row = {"step": now, "tokens": self._tokens(now)}
         self._row["time_s"] = round(self._clock() - self._began, 4)
+        self._row["cpu_time_s"] = round(self._cpu_clock() - self._cpu_began, 4)
         self._row |= {name: float(value) for name, value in metrics.items() if name != "epoch"}
 
     def state_dict(self) -> dict[str, Any]:
         """The rows that are not on disk yet, and how many seconds and tokens the run has taken."""
         tokens = self._tokens(self._current_step())
-        seconds = self._clock() - self._began
-        return {"row": dict(self._row), "late": list(self._late), "seconds": seconds, "tokens": tokens}
+        seconds, computed = self._clock() - self._began, self._cpu_clock() - self._cpu_began
+        row, late = dict(self._row), list(self._late)
+        return {"row": row, "late": late, "seconds": seconds, "cpu_seconds": computed, "tokens": tokens}
 
     def load_state_dict(self, state_dict: dict[str, Any], step: int) -> None:
         """Goes on from `state_dict` as it was after that step: later rows are dropped."""
         self._row = dict(state_dict["row"])
         self._tokens_apart = state_dict["tokens"] - step * self._tokens_per_step
         self._began = self._clock() - state_dict["seconds"]
+        self._cpu_began = self._cpu_clock() - state_dict.get("cpu_seconds", 0.0)
         missing = [*state_dict["late"], *([self._row] if self._row else [])]
         self._rewrite([*self._rows_until(missing[0]["step"] - 1 if missing else step), *state_dict["late"]])
 

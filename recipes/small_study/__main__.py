@@ -11,7 +11,7 @@ from recipes import study
 SETTINGS = Path(__file__).with_name("study.yaml")
 OPTIMIZERS = ("adamw", "nadamw", "lion", "muon", "soap", "mars")
 # one thread a job and two jobs at once: what README.md counts with
-HERE = ("trainer.accelerator=cpu", "trainer.num_threads=1", "jobs_per_device=2")
+HERE = ("trainer.accelerator=cpu", "trainer.num_threads=1", "jobs_per_device=2", "evaluation.tasks=[hellaswag]")
 
 _EXAMPLES = """examples:
   python -m recipes.small_study lion          # one piece: what Lion needs; any order, any number of times

@@ -47,8 +47,6 @@ if __name__ == "__main__":
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_the_server_imports_everything_but_starts_no_thread_and_no_cuda(tmp_path, repository):
-    import subprocess
-
     (tmp_path / "ask.py").write_text(_ASK)
     environment = {**os.environ, "PYTHONPATH": str(repository), "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("OPENBLAS_NUM_THREADS", None)
@@ -85,3 +83,30 @@ def test_the_server_is_born_deaf_to_what_ends_a_group(tmp_path, repository):
         timeout=60,
     )
     assert done.stdout == "[]\n", done.stderr
+
+
+_UNTIL = """
+import functools, time
+from lightning_opt.launch import processes
+
+def work(end):
+    while time.monotonic() < end:
+        time.sleep(0.05)
+    return 0
+
+if __name__ == "__main__":
+    processes.start_server([])
+    end = time.monotonic() + 5
+    pool = processes.Pool(processes.Places([]), until=end)
+    print(pool.run([processes.Task("", functools.partial(work, end)) for _ in range(3)]))
+    print(processes.Pool(processes.Places([]), until=end).run([processes.Task("", functools.partial(work, end))]))
+"""
+
+
+def test_what_runs_when_the_time_is_over_may_finish_and_nothing_more_starts(tmp_path, repository):
+    (tmp_path / "until.py").write_text(_UNTIL)
+    environment = {**os.environ, "PYTHONPATH": str(repository)}
+    done = subprocess.run(
+        [sys.executable, "until.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.stdout == "{0: 0}\n{}\n", done.stderr

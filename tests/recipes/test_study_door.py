@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,9 +17,10 @@ from lightning_opt.launch import Composer
 from lightning_opt.launch.preflight import Checker
 from lightning_opt.plan import ConfigError
 from lightning_opt.run_folder import RunFolder, SweepFolder, SweepJob
+from lightning_opt.study.cells import Trial
 from lightning_opt.study.results import Cell
 from lightning_opt.study.space import Axis, Ladder
-from recipes import study
+from recipes import study, studying
 from recipes.small_study.__main__ import OPTIMIZERS, SETTINGS, words
 from recipes.study_design import design_of
 
@@ -176,15 +178,16 @@ def fake_jobs(monkeypatch, tmp_path):
         base = {"adamw": 3.0, "lion": 2.98}[said["optimizer"]] - 0.1 * math.log(float(said["scale"].rstrip("x")))
         return base + 0.05 * math.log2(lr / rate) ** 2 + 0.002 * (int(said["seed"]) % 3)
 
-    def run_jobs(lists, folder, *, words, shared=(), draw=True):
+    def run_jobs(lists, folder, *, words, shared=(), draw=True, until=math.inf):
         assert list(shared) == ["jobs_per_device=2"]
-        known = SweepFolder(folder).jobs()
+        known, before = SweepFolder(folder).jobs(), calls["ran"]
         for lines in lists:
-            if calls["dies_after"] == calls["ran"]:
+            if calls["dies_after"] == calls["ran"] or calls["clock"] >= until:
                 break
             calls["ran"] += 1
+            calls["clock"] += 10.0
             run = RunFolder(Path(folder) / f"job-{len(known)}")
-            run.path.mkdir(parents=True)
+            (run.checkpoints / "step-000002").mkdir(parents=True)
             value = loss(dict(line.partition("=")[::2] for line in lines))
             state = "FINISHED" if math.isfinite(value) else "DIVERGED"
             run.status.write_text(json.dumps({"state": state, "reason": None}))
@@ -193,9 +196,10 @@ def fake_jobs(monkeypatch, tmp_path):
             run.metrics.write_text(f"step,tokens,time_s,val/loss\n1,1000,1,5.0\n2,2000,2,{min(value, 9.0)}\n")
             known.append(SweepJob(run, f"{len(known):08x}", list(lines), {}))
         SweepFolder(folder).write("recipes.study", [], known)
-        return 143 if calls["dies_after"] == calls["ran"] else 0
+        return 143 if calls["dies_after"] == calls["ran"] else int(calls["ran"] - before < len(lists))
 
-    calls = {"ran": 0, "dies_after": None}
+    calls = {"ran": 0, "dies_after": None, "clock": 0.0}
+    monkeypatch.setattr(studying, "time", SimpleNamespace(monotonic=lambda: calls["clock"]))
     monkeypatch.setattr(lightning_opt.launch, "run_jobs", run_jobs, raising=False)
     monkeypatch.chdir(tmp_path)
     return calls
@@ -212,6 +216,7 @@ def test_a_whole_study_ends_in_a_verdict_and_a_table_that_the_replay_reads(fake_
     assert study.main(asked) == 0
     total = fake_jobs["ran"]
     out = tmp_path / "runs" / "study" / "femto"
+    jobs = SweepFolder(out / "runs").jobs()
     with (out / "speedups.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["optimizer"] for row in rows} == {"lion"}
@@ -224,9 +229,25 @@ def test_a_whole_study_ends_in_a_verdict_and_a_table_that_the_replay_reads(fake_
     assert (out / "report.html").is_file()
     assert study.main(asked) == 0
     assert fake_jobs["ran"] == total  # nothing runs twice
+    kept = {run.parent.name for run in out.glob("runs/*/checkpoints")}
+    reported = {job.folder.path.name for job in jobs if "trainer.val_part=reporting" in job.overrides}
+    assert kept == reported
+    assert len(reported) == 4 * 3
     assert study.main([f"results={out / 'results.csv'}", "out=again", "fit=all", "sigma=pooled"]) == 0
     with (tmp_path / "again" / "speedups.csv").open() as file:
         assert list(csv.DictReader(file)) == rows
+
+
+def test_when_the_time_is_over_nothing_more_starts_and_the_same_command_goes_on(fake_jobs, tmp_path, capsys):
+    asked = [*TWO, "jobs_per_device=2", "budget=3"]
+    assert study.main([*asked, "stop_after=35"]) == 0
+    assert fake_jobs["ran"] == 4  # of the six of the first wave; the fourth began at 30 s
+    assert "out of time (stop_after)" in capsys.readouterr().out
+    assert study.main([*asked, "stop_after=20"]) == 0  # the last two of that wave, and none of the next
+    assert fake_jobs["ran"] == 6
+    assert study.main(asked) == 0
+    assert fake_jobs["ran"] == 2 * (3 + 3)  # to tune, to report: none ran twice
+    assert (tmp_path / "runs" / "study" / "femto" / "report.html").is_file()
 
 
 def test_a_dry_run_counts_and_writes_nothing(fake_jobs, tmp_path, capsys):
@@ -268,8 +289,11 @@ def test_the_small_study_is_what_its_page_says():
         assert len(axes) == 3
     assert (design.budget.runs, design.reduced_budget.runs, len(design.seeds)) == (10, 4, 3)
     femto = design.plans[Cell("soap", "femto", 1.0)]
-    assert femto.start["optimizer.lr"] == 0.024
+    assert femto.start["optimizer.lr"] == 0.012
     assert "optimizer.roles.embedding.lr_scale=3.0" in femto.words
+    final, choosing = (Trial(femto, femto.start, 1, part) for part in ("reporting", "tuning"))
+    assert {"evaluation=mini", "evaluation.tasks=[hellaswag]"} <= set(design.words(final))
+    assert "evaluation=none" in design.words(choosing)
 
 
 @pytest.mark.slow

@@ -128,6 +128,36 @@ def test_the_run_folders_alone_tell_all_that_the_study_knew(tmp_path):
     assert facts["cost"]["lion"]["diverged"] == sum(math.isinf(value) for _, value in told.cells[1].tried) > 0
     assert {row["reason"] for row in facts["failures"]} == {"loss is nan"}
     assert facts["curves"][ADAMW]["tokens"][0] == [1000, 2000]
+    assert any("items: hellaswag 64" in note for note in facts["notes"])
+
+
+@pytest.mark.parametrize(
+    ("env", "by_cpu"),
+    [
+        ({"device": "cpu", "num_threads": 1, "world_size": 1}, True),
+        ({"device": "cpu", "num_threads": 2, "world_size": 1}, False),
+        ({"device": "cuda", "num_threads": 1, "world_size": 1}, False),
+    ],
+    ids=["one thread", "two threads", "GPU"],
+)
+def test_the_time_of_one_thread_is_what_it_computed_and_not_what_passed(tmp_path, env, by_cpu):
+    design = design_of([ADAMW])
+    runs = FakeRuns(design, bowl)
+    drive(design, runs.read, runs)
+    write_runs(tmp_path, design, runs)
+    for place in tmp_path.glob("job-*"):
+        run = RunFolder(place)
+        run.env.write_text(json.dumps(env))
+        summary = json.loads(run.summary.read_text())
+        run.summary.write_text(json.dumps({**summary, "cpu_seconds": 7.5}))
+        run.metrics.write_text("step,tokens,time_s,cpu_time_s,val/loss\n1,1000,90,3,4.0\n2,2000,200,7.5,3.5\n")
+    ledger = read_ledger(tmp_path)
+    standing = stand(design, ledger)
+    assert results_of(standing, "here").seconds[ADAMW] == ((7.5, 7.5) if by_cpu else (200.0, 200.0))
+    facts = facts_of(design, standing, ledger)
+    assert facts["curves"][ADAMW]["time"][0] == ([3, 7.5] if by_cpu else [90, 200])
+    assert any("thread computed" in note for note in facts["notes"]) is by_cpu
+    assert standing.cells[0].spent.seconds == 200.0 * standing.cells[0].spent.runs  # the forecast is by the clock
 
 
 def test_a_summary_of_an_earlier_stop_is_not_taken_for_the_end(tmp_path):
@@ -196,8 +226,37 @@ def test_runs_that_saw_other_data_are_not_compared(tmp_path):
     runs = FakeRuns(design, bowl)
     drive(design, runs.read, runs)
     write_runs(tmp_path, design, runs)
-    check_same_data(stand(design, read_ledger(tmp_path)))
+
+    def check(of=design):
+        ledger = read_ledger(tmp_path)
+        check_same_data(of, stand(of, ledger), ledger)
+
+    check()
     last = tmp_path / f"job-{len(runs.asked) - 1}" / "plan.json"
     last.write_text(json.dumps({"data_fingerprint": "another"}))
-    with pytest.raises(ConfigError, match="must be the same in all runs"):
-        check_same_data(stand(design, read_ledger(tmp_path)))
+    with pytest.raises(ConfigError, match="must be the same in all runs of a model"):
+        check()
+    first = tmp_path / "job-0" / "plan.json"  # one that chose
+    first.write_text(last.read_text())
+    last.write_text("{}")
+    with pytest.raises(ConfigError, match="job-0: must be the same"):
+        check()
+    best = {"optimizer.lr": 2.0, "optimizer.weight_decay": 0.2}
+    check(design_of([ADAMW], start=best, axes=[Axis(name, (value,)) for name, value in best.items()]))  # not its run
+
+
+def test_models_may_have_tokenizers_of_their_own(tmp_path):
+    design = design_of([ADAMW, Cell("adamw", "large", 1.0)])
+    runs = FakeRuns(design, bowl)
+    drive(design, runs.read, runs)
+    write_runs(tmp_path, design, runs)
+    for number, trial in enumerate(runs.asked):
+        (tmp_path / f"job-{number}" / "plan.json").write_text(json.dumps({"data_fingerprint": trial.cell.params}))
+    ledger = read_ledger(tmp_path)
+    check_same_data(design, stand(design, ledger), ledger)
+    (said,) = (note for note in facts_of(design, stand(design, ledger), ledger)["notes"] if "same tokens" in note)
+    assert "joint law" in said
+    large = next(number for number, trial in enumerate(runs.asked) if trial.cell.params == "large")
+    (tmp_path / f"job-{large}" / "plan.json").write_text(json.dumps({"data_fingerprint": "small"}))
+    with pytest.raises(ConfigError, match=f"job-{large}: must be the same"):
+        check_same_data(design, stand(design, ledger), ledger)

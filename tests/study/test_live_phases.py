@@ -233,12 +233,13 @@ def test_only_one_optimizer_runs_where_that_is_asked_and_the_rest_follows_later(
     assert set(runs.ran.values()) == {1}
 
 
-def test_waves_are_as_small_as_asked_and_longest_first():
+def test_the_longest_runs_of_a_wave_come_first():
     design = design_of([ADAMW, Cell("adamw", "large", 2.0)])
     runs = FakeRuns(design, bowl)
-    assert drive(design, runs.read, runs, at_once=3) == 0
-    assert max(runs.waves) == 3
-    assert runs.asked[0].cell.params == "large"
+    assert drive(design, runs.read, runs) == 0
+    sizes = [trial.cell.params for trial in runs.asked[: runs.waves[0]]]
+    assert sizes == sorted(sizes, key=["large", "small"].index)
+    assert {*sizes} == {"large", "small"}
 
 
 def test_a_stop_is_handed_on_and_a_study_without_time_says_so():

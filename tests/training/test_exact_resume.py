@@ -24,7 +24,7 @@ from lightning_opt.checkpoints import find, read
 from lightning_opt.run_folder import read_metrics
 
 STEPS, VALIDATE, EPOCH = 12, 4, 5  # an epoch is 5 steps: a resume may lie in its middle, at its end and behind it
-CLOCKS = ("time_s", "memory_")  # columns that measure the machine
+CLOCKS = ("time_s", "cpu_", "memory_")  # columns that measure the machine
 LION = {"name": "lion", "lr": 1e-3, "roles": {"default": {"rule": "lion"}, "norm": {"rule": "adamw"}}}
 SETUPS: dict[str, dict[str, Any]] = {
     "adamw": {},

@@ -18,7 +18,9 @@ class Clock:
         return self.now
 
 
-def make(path: Path, step: list[int], clock: Clock, start_step: int = 0) -> RunLogger:
+def make(
+    path: Path, step: list[int], clock: Clock, start_step: int | None = 0, cpu_clock: Clock | None = None
+) -> RunLogger:
     return RunLogger(
         path,
         ["val/loss/web", "lr/matrix"],
@@ -26,6 +28,7 @@ def make(path: Path, step: list[int], clock: Clock, start_step: int = 0) -> RunL
         current_step=lambda: step[0],
         start_step=start_step,
         clock=clock,
+        cpu_clock=cpu_clock or Clock(),
     )
 
 
@@ -85,6 +88,27 @@ def test_a_run_that_goes_on_drops_the_rows_after_its_step(tmp_path: Path) -> Non
     assert columns["train/loss"] == [10.0, 20.0, 31.0]
     assert columns["time_s"] == [5.0, 10.0, pytest.approx(13.0)]
     assert columns["their/own"] == [1.0, 1.0, None]
+
+
+@pytest.mark.parametrize("by_checkpoint", [True, False])
+def test_what_the_process_computed_is_counted_apart_from_what_passed_and_goes_on_too(tmp_path: Path, by_checkpoint):
+    path, step, clock, computed = tmp_path / "metrics.csv", [10], Clock(), Clock()
+    logger = make(path, step, clock, cpu_clock=computed)
+    clock.now, computed.now = clock.now + 20, computed.now + 5  # the machine had something else to do
+    logger.log_metrics({"train/loss": 5.0})
+    state = logger.state_dict()
+    logger.close()
+    clock.now, computed.now = 3.0, 1.0
+    logger = make(path, step, clock, None if by_checkpoint else 10, cpu_clock=computed)
+    if by_checkpoint:
+        logger.load_state_dict(state, 10)
+    step[0] = 20
+    clock.now, computed.now = clock.now + 4, computed.now + 3
+    logger.log_metrics({"train/loss": 4.0})
+    logger.close()
+    columns = read_metrics(path)
+    assert columns["time_s"] == [20.0, 24.0]
+    assert columns["cpu_time_s"] == [5.0, 8.0]
 
 
 def test_a_new_run_in_an_adopted_folder_starts_an_empty_table(tmp_path: Path) -> None:
