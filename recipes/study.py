@@ -51,6 +51,7 @@ SPELLED = {
 
 _OF_PARTS = ("budget", "reduced_budget", "search", "scales", "start", "space")  # budget.runs=12
 _PATHS = ("results", "out", "tuned", "tuned_file")  # whose commas and signs are no grammar
+_REPLAYED = ("results", "out", "name", "baseline", "fit", "sigma", "tuned_file", "near")
 _FLAGS = {"--dry-run": "dry_run=true", "--status": "status=true"}
 
 
@@ -154,6 +155,10 @@ def _main(words: Sequence[str]) -> int:
     for word in others:
         key, _, value = word.partition("=")
         raise ConfigError(key, value, one_of(key, fields()))
+    for word in own:
+        key, _, value = word.partition("=")
+        if key not in _REPLAYED:
+            raise ConfigError(key, value, f"is of live runs; results=FILE trains nothing, takes {', '.join(_REPLAYED)}")
     return replayed(settings, words)
 
 
@@ -186,21 +191,49 @@ def sigma_of(settings: Mapping[str, Any]) -> float | None:
     return float(sigma)
 
 
+def near_of(settings: Mapping[str, Any]) -> float | None:
+    """How far near-best configurations reach above the best, nats; None where it is not given.
+
+    Raises:
+        ConfigError: it is no number of 0 or more.
+    """
+    near = settings["near"]
+    if near is None:
+        return None
+    if isinstance(near, bool) or not isinstance(near, int | float) or not 0 <= near < math.inf:
+        raise ConfigError("near", near, "must be a number >= 0 (nats)")
+    return float(near)
+
+
 def folder_of(settings: Mapping[str, Any], default: str) -> Path:
-    """Where the study's files go."""
-    return Path(settings["out"] or Path("runs", "study", settings["name"] or default)).absolute()
+    """Where the study's files go.
+
+    Raises:
+        ConfigError: a file is in the way.
+    """
+    folder = Path(settings["out"] or Path("runs", "study", settings["name"] or default)).absolute()
+    if not next(path for path in (folder, *folder.parents) if path.exists()).is_dir():
+        raise ConfigError("out", str(folder), "must be a folder, or a path where one can be made")
+    return folder
 
 
 def replayed(settings: Mapping[str, Any], words: Sequence[str]) -> int:
     """Analyses a table of results and writes the verdict."""
     from lightning_opt.study.replay import replay
+    from lightning_opt.study.sensitivity import NEAR
 
     file = Path(settings["results"])
     sigma = sigma_of(settings) if settings["sigma"] is not None else 3e-3
     out, tuned = folder_of(settings, file.stem), settings["tuned_file"]
-    near = {} if settings["near"] is None else {"near": float(settings["near"])}
+    near = near_of(settings)
     found = replay(
-        file, out, baseline=settings["baseline"], fit=fit_of(settings, (1, 8)), sigma=sigma, tuned=tuned, **near
+        file,
+        out,
+        baseline=str(settings["baseline"]),
+        fit=fit_of(settings, (1, 8)),
+        sigma=sigma,
+        tuned=tuned,
+        near=NEAR if near is None else near,
     )
     from lightning_opt.reports.study import write  # draws: only once the table is found right
     from recipes import studying

@@ -270,10 +270,9 @@ def conclude(
         facts["sigma_origin"] = _origin(found.facts["sigma_origin"], sigma, noise)
     text = io.StringIO()
     laws_of = tuned_laws({one.plan.cell: one.best for one in standing.cells if one.over and one.best}, results.sizes)
-    rows = [law_row(law) for law in laws_of]
-    csv.writer(text, lineterminator="\n").writerows([HYPER_LAW_COLUMNS, *rows])
+    csv.writer(text, lineterminator="\n").writerows([HYPER_LAW_COLUMNS, *map(law_row, laws_of)])
     write_text(out / "hyper_laws.csv", text.getvalue())
-    facts["hyper_laws"] = [dict(zip(HYPER_LAW_COLUMNS, row, strict=True)) for row in rows]
+    facts["hyper_laws"] = laws_of
     facts |= {"title": "Which optimizer?", "commands": commands(standing, results, design, out, asked)}
     from lightning_opt.reports.study import write
 

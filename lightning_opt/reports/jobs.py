@@ -25,8 +25,8 @@ from lightning_opt.run_folder import RunFolder, SweepFolder, config_hash, owner_
 log = logging.getLogger("lightning_opt.reports")
 
 _COLUMNS = ("step", "tokens", "time_s", "train/loss", "val/loss")
-CHANGES_NOTHING = r"hydra([./].*)?|name|resume|logger([./].*)?|on_failure|jobs_per_device"
-"""Keys of overrides that make no other run: where it lies, who is told of it, and how a sweep goes about its jobs."""
+CHANGES_NOTHING = r"hydra([./].*)?|name|resume|logger([./].*)?|on_failure|jobs_per_device|data\.cache_dir"
+"""Keys of overrides that make no other run: where it and its data lie, who is told, how a sweep goes about its jobs."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Job:
         optimizer: the optimizer as it is usually spelled.
         differs: overrides that are not the same in all jobs, by their dotted name, as plain values.
         command: the command line of the sweep that asked for it last; empty where none did.
+        shared: those of them that are the same in all jobs it is ranked with.
     """
 
     folder: Path
@@ -50,6 +51,7 @@ class Job:
     optimizer: str = ""
     differs: Mapping[str, Any] = field(default_factory=dict)
     command: str = ""
+    shared: frozenset[str] = frozenset()
 
     @property
     def state(self) -> str:
@@ -70,9 +72,13 @@ class Job:
 
     @property
     def setting(self) -> str:
-        """What sets it apart beside the optimizer and the seed: ``lr_scale=2, weight_decay=0.1``."""
-        names = short_names(self.differs)
-        rest = [key for key in self.known if key not in ("optimizer", "seed")]
+        """What sets it apart beside the optimizer and the seed: ``lr_scale=2, weight_decay=0.1``.
+
+        A null that nobody asked of it is left out: most are fields that its optimizer has not.
+        """
+        names, asked = short_names(self.differs), {override_key(text) for text in self.overrides}
+        passed = {"optimizer", "seed", *self.shared}
+        rest = [key for key, value in self.known.items() if key not in passed and (value is not None or key in asked)]
         return ", ".join(f"{names[key]}={shown(self.known[key])}" for key in rest)
 
     @property

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import fmean, stdev
 from typing import Any
 
 from lightning_opt.reports import quantities as q
-from lightning_opt.reports.jobs import Job
+from lightning_opt.reports.jobs import Job, shown
 from lightning_opt.reports.reading import Run
 from lightning_opt.reports.settings import rate_after_scale
 from lightning_opt.study import significance
@@ -199,10 +200,16 @@ def groups(jobs: Sequence[Job]) -> tuple[tuple[Group, ...], tuple[Job, ...]]:
         return (Group("", {}, tuple(jobs)),), ()
     parts = sorted(sorted_out.values(), key=len, reverse=True)
     found = [
-        Group(_letters(place), {name: _fact_text(facts[id(part[0])][name]) for name in apart}, tuple(part))
+        Group(_letters(place), {name: _fact_text(facts[id(part[0])][name]) for name in apart}, _among_equals(part))
         for place, part in enumerate(parts)
     ]
     return tuple(found), tuple(silent)
+
+
+def _among_equals(part: Sequence[Job]) -> tuple[Job, ...]:
+    """A group's jobs, each knowing what all of them share and no label need repeat."""
+    shared = frozenset(key for key in part[0].differs if len({shown(job.differs[key]) for job in part}) == 1)
+    return tuple(replace(job, shared=shared) for job in part)
 
 
 def _letters(place: int) -> str:
@@ -250,7 +257,8 @@ def _facts(job: Job) -> dict[str, Any]:
 def _fact_text(value: Any) -> str:
     if q.finite(value) is not None:
         return q.integer(value)
-    return "not known" if value is None else str(value)
+    text = "not known" if value is None else str(value)
+    return f"{text[:12]}…" if re.fullmatch(r"[0-9a-f]{32,}", text) else text
 
 
 def baseline(group: Group) -> Standing | None:

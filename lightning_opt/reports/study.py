@@ -46,19 +46,20 @@ def write(
             baseline: plain name of the baseline optimizer, ``adamw``.
             sigma: standard deviation of a final loss between seeds; ``sigma_origin``: where it comes from, in words;
             freedom: degrees of freedom of a pooled sigma, absent for a given one.
+            paired: False where the n-th losses of two cells need not be of the same seed.
             level: of the intervals, 0.9. threshold: of the descent, nats.
             fit: the words for the ratios of the baseline's fit, ``1x to 8x``.
             refit: such words to the speed-ups with that fit instead, for what adding 16x changes.
+            hyper_laws: laws of tuned hyperparameters, as `lightning_opt.study.tuned_laws` gives them.
             seeds: mapping of ``tuning`` and ``reporting`` to the seeds; validation: words on its two parts.
             centre: cell to the configuration around which ``results.tuning`` was recorded.
             curves: cell to ``tokens`` or ``time`` to a pair of lists, x (tokens, seconds) and loss, of its best run.
-            cost: optimizer to runs, tokens, seconds (None where not known), diverged, capped (list of cells or words).
+            cost: optimizer to runs, tokens, seconds (None where not known), diverged, capped (list of cells or words);
+            cost_note: what is counted, in words.
             failures: mappings of optimizer, params, chinchilla, setting, state, reason.
             measures: cell to name to a tuple of values, one a seed, for the decision matrix: optimizer_ms,
             optimizer_state_bytes, loss_volatility, grad_norm_change, expert_load_cv.
             insensitive, sensitive: optimizer to mapping of hyperparameter to values, from `study.sensitivity`.
-            hyper_laws: the rows of ``hyper_laws.csv`` as mappings: optimizer, key, cells, scale, by_size, by_ratio,
-            constant, held_out (empty where nothing was held out).
             commands: pairs of what it does and the command. notes: sentences. alarm: what must be said first.
 
     Returns:
@@ -123,8 +124,12 @@ def _notes(about: Material) -> tuple[str, ...]:
         said.append(str(facts["validation"]))
     if facts.get("fit"):
         said.append(
-            f"The baseline's law is fitted to its {facts['fit']} cells. Adding 16x to the fit changes the speed-ups: "
-            + ("both are below." if facts.get("refit") else "these results have no such cell, or it was not asked for.")
+            f"The baseline's law is fitted to its {facts['fit']} cells. "
+            + (
+                "Fitted to others, as with or without 16x, the speed-ups change: both are below."
+                if facts.get("refit")
+                else "Adding 16x to the fit would change the speed-ups: these results have no such cell."
+            )
         )
     if facts.get("threshold") is not None:
         said.append(
@@ -144,6 +149,7 @@ def _parts(about: Material) -> tuple[_Part, ...]:
         ("speedups", "Speed-up over the baseline", lambda: _speedups(about)),
         ("curves", "Curves that cross", lambda: _curves(about)),
         ("sensitivity", "What the rate does", lambda: _sensitivity(about)),
+        ("hyper-laws", "Laws of the tuned hyperparameters", lambda: _hyper_laws(about)),
         ("cost", "What the tuning cost", lambda: _cost(about)),
         ("failures", "Failed and diverged", lambda: _failures(about)),
         ("matrix", "Article 1's decision matrix", lambda: _matrix(about)),
@@ -198,14 +204,29 @@ def _curves(about: Material) -> Section:
 
 def _sensitivity(about: Material) -> Section:
     drawn = study_pictures.rates(about)
-    tables = tuple(filter(None, (study_tables.steady(about), study_tables.hyper_laws(about))))
+    table = study_tables.steady(about)
     intro = "" if drawn else f"Loss over the rate: {q.NOT_MEASURED}; no cell has runs at two rates."
     if drawn and not about.tried and not about.facts.get("centre"):
         intro = (
             "Recorded changes of each tuned configuration. The table does not say which rate was the tuned one, so the "
             "lowest point of a curve is missing where it lay between the others."
         )
-    return Section("sensitivity", "What the rate does", intro, drawn, tables)
+    return Section("sensitivity", "What the rate does", intro, drawn, (table,) if table else ())
+
+
+def _hyper_laws(about: Material) -> Section:
+    table = study_tables.hyper_laws(about)
+    intro = (
+        "h = A·N^B·C^c + D, of non-embedding parameters N and the data ratio C. The first and the last setting are "
+        "left out of the fit and the last held against it. Tuned values sit on short grids, so that many of these laws "
+        "hang on one or two changes of value: read what they miss before you believe one."
+    )
+    if table is None:
+        intro = (
+            "No law: one needs tuned configurations of six settings, of two sizes and two ratios at least. A replay "
+            "takes them from tuned=FILE."
+        )
+    return Section("hyper-laws", "Laws of the tuned hyperparameters", intro, tables=(table,) if table else ())
 
 
 def _cost(about: Material) -> Section:

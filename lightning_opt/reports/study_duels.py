@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lightning_opt.reports import quantities as q
 from lightning_opt.reports.study_material import Material, Place, name_of, place_name, seeds_of
 from lightning_opt.reports.tables import Table
-from lightning_opt.study.significance import FORMULAS, Comparison, Noise, better, t_quantile
+from lightning_opt.study.significance import FORMULAS, Comparison, Noise, better, holm, t_quantile
 
 if TYPE_CHECKING:
     from lightning_opt.study.results import Cell
@@ -44,8 +44,11 @@ class Front:
 
 def test(about: Material, a: Cell, b: Cell) -> Comparison | None:
     """The one-sided test of "a has the lower final loss than b"; None where the losses do not say."""
-    losses = about.results.losses
-    return better(losses.get(a, ()), losses.get(b, ()), noise_of(about), paired=True)
+    found = [about.results.losses.get(cell, ()) for cell in (a, b)]
+    noise = noise_of(about)
+    if noise is not None and about.blocks is not None and len(found[0]) == len(found[1]) > 1:
+        return better(*found, about.blocks, paired=True)
+    return better(*found, noise, paired=noise is None)
 
 
 def noise_of(about: Material) -> Noise | None:
@@ -115,12 +118,17 @@ def _figures(tested: Comparison | None) -> tuple[str, str, str]:
 def formula(about: Material) -> str:
     """The test in words, with its limit."""
     noise = noise_of(about)
-    how = FORMULAS["paired"] if noise is None else FORMULAS["given sigma" if math.isinf(noise.freedom) else "pooled"]
-    words = f"One-sided test of the lower loss: {how}. Beyond noise where p < 0.05"
+    kind = "paired" if noise is None else "given sigma" if math.isinf(noise.freedom) else "pooled"
+    noise, kind = (noise, kind) if about.blocks is None else (about.blocks, "blocked")
+    words = f"One-sided test of the lower loss: {FORMULAS[kind]}. Beyond noise where p < 0.05"
     if noise is not None:
         limit = t_quantile(0.95, noise.freedom)
-        one = limit * noise.sigma * math.sqrt(2)
-        words += f", that is beyond {limit:.3f} standard errors: {q.number(one, 2)} nats between two cells of one seed"
+        seeds = 1 if about.blocks is None else max(map(len, about.results.losses.values()))
+        least = limit * noise.sigma * math.sqrt(2 / seeds)
+        words += f", that is beyond {limit:.3f} standard errors: {q.number(least, 2)} nats between two cells of "
+        words += "one seed" if seeds == 1 else f"{seeds} seeds (s = {q.number(noise.sigma, 2)})"
+    if about.blocks is not None:
+        words += "; cells of unequal numbers of seeds by the spread of all seeds instead"
     return (
         f"{words}. Each pair by itself; who was lower was seen before it was tested, so of equal pairs one in ten "
         "would pass."
@@ -138,12 +146,24 @@ def against_baseline(about: Material) -> Table | None:
     base = name_of(about.baseline)
     note = (
         f"Mean final loss minus {base}'s, nats per token: below 0 is better than {base}. ● is beyond noise by the same "
-        "test, ○ is not; ? could not be tested; – was not run."
+        f"test, ○ is not; ? could not be tested; – was not run.{_all_at_once(about, names, places)}"
     )
     header = ("optimizer", *map(place_name, places))
     return Table(
         f"gaps{about.suffix}", f"Against {base}", header, body, frozenset(range(1, len(header))), swatches, note
     )
+
+
+def _all_at_once(about: Material, names: Sequence[str], places: Sequence[Place]) -> str:
+    """How many of the table's finds stand if it is taken as one family of tests, both ways of each pair."""
+    pairs = [(about.cell(name, place), about.cell(about.baseline, place)) for name in names for place in places]
+    both = [(test(about, a, b), test(about, b, a)) for a, b in pairs if a and b]
+    tests = [one for pair in both for one in pair if one is not None]
+    alone = sum(one.significant for one in tests)
+    if not alone:
+        return ""
+    kept = sum(p < 1 - one.level for one, p in zip(tests, holm([one.p for one in tests]), strict=True))
+    return f" {kept} of the {alone} ● stand by Holm's correction for all {len(tests)} one-sided tests of this table."
 
 
 _MARKS = {BETTER: "●", WORSE: "●", LEVEL: "○", UNTESTED: "?"}

@@ -154,6 +154,8 @@ class Point:
         low: where its bar starts; None for no bar.
         high: where its bar ends.
         ringed: whether it is marked as the one that was taken.
+        hollow: whether it is drawn as less certain than the others.
+        words: its y in the table of numbers; the plain number where empty.
     """
 
     x: float
@@ -161,6 +163,8 @@ class Point:
     low: float | None = None
     high: float | None = None
     ringed: bool = False
+    hollow: bool = False
+    words: str = ""
 
 
 def lines(
@@ -241,8 +245,10 @@ def _line(axes: Axes, place: int, points: Sequence[Point], colour: tuple[str, bo
     shown = sorted((point for point in points if point.y <= top), key=lambda point: point.x)
     barred = any(point.low is not None for point in shown)
     xs = [_aside(point.x, place if barred else 4, span) for point in shown]
-    axes.plot(xs, [point.y for point in shown], color=hue, linestyle=style, marker="o", markersize=4.5)
+    axes.plot(xs, [point.y for point in shown], color=hue, linestyle=style)
     for x, point in zip(xs, shown, strict=True):
+        face = hexadecimal("surface") if point.hollow else hue
+        axes.plot([x], [point.y], color=hue, marker="o", markersize=4.5, markerfacecolor=face, linewidth=0)
         if point.low is not None and point.high is not None:
             axes.plot([x, x], [point.low, min(point.high, 2 * top)], color=hue, linewidth=1.4, alpha=0.7)
         if point.ringed:
@@ -288,7 +294,7 @@ def _thinned(xs: Sequence[float], span: float, log: bool) -> list[float]:
 
 
 def _worth(point: Point) -> str:
-    return q.number(point.y, 5) if math.isfinite(point.y) else "diverged"
+    return point.words or (q.number(point.y, 5) if math.isfinite(point.y) else "diverged")
 
 
 def _reach(point: Point) -> str:

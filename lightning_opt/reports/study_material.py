@@ -13,9 +13,11 @@ from lightning_opt.reports import quantities as q
 from lightning_opt.reports.findings import spelled
 from lightning_opt.reports.style import optimizer_colours
 from lightning_opt.study.results import Cell
+from lightning_opt.study.significance import blocked
 
 if TYPE_CHECKING:
     from lightning_opt.study.results import Results
+    from lightning_opt.study.significance import Noise
     from lightning_opt.study.speedups import SpeedUp
 
 Place = tuple[str, float]
@@ -62,6 +64,14 @@ class Material:
         """Degrees of freedom behind a pooled sigma; None where it was given."""
         value = q.finite(self.facts.get("freedom"))
         return None if value is None else int(value)
+
+    @cached_property
+    def blocks(self) -> Noise | None:
+        """The spread between cells on equal seeds; None where sigma was given, or no two cells share their seeds."""
+        if self.freedom is None or self.facts.get("paired") is False:
+            return None
+        losses = self.results.losses
+        return blocked([losses[cell] for cell in losses if (cell.params, cell.chinchilla) == at] for at in self.places)
 
     @property
     def level(self) -> float:

@@ -7,6 +7,7 @@ convergence, stability, balance of experts, knowledge and code, large batches, i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -29,8 +30,9 @@ def matrix(about: Material) -> Table:
     )
     header = ("what is scarce", "what was asked", *map(name_of, about.optimizers))
     note = (
-        f"Means over the cells that both the optimizer and {name_of(about.baseline)} have, their number in brackets; "
-        "nothing here is taken from the article or from anybody's expectation."
+        f"Means over the cells that both the optimizer and {name_of(about.baseline)} have, their number in brackets: "
+        "columns of different numbers are of different cells, and no fair pair. Speed-ups are of the data that the "
+        "baseline's law was fitted to. Nothing here is taken from the article or from anybody's expectation."
     )
     return Table("matrix", "", header, body, frozenset(), (), note)
 
@@ -63,11 +65,18 @@ def _sped_up(by: str) -> Answer:
     def answer(about: Material, name: str) -> str:
         if name == about.baseline:
             return "baseline" if any(one.by == by and q.finite(one.value) for one in about.speedups) else q.NOT_MEASURED
-        found = [about.speedup(cell, by) for cell in _cells(about, name)]
+        found = [about.speedup(cell, by) for cell in _cells(about, name) if _held_in(about, cell)]
         values = [value for one in found if one is not None and (value := q.finite(one.value)) is not None]
         return _over(values, lambda ratio: f"{q.number(ratio, 3)}×")
 
     return answer
+
+
+def _held_in(about: Material, cell: Cell) -> bool:
+    """Whether the baseline's law on the cell's model was fitted to as much data as the cell's, where it was fitted."""
+    fits = (row for row in about.laws if (row.get("optimizer"), row.get("params")) == (about.baseline, cell.params))
+    seen = [float(ratio) for row in fits for ratio in str(row.get("fit_points") or "").split(";") if ratio]
+    return not seen or min(seen) <= cell.chinchilla <= max(seen)
 
 
 def _ratio(measure: Callable[[Material, Cell], float | None]) -> Answer:
@@ -112,13 +121,21 @@ def _score(*tasks: str) -> Answer:
     return answer
 
 
-def _change(keys: tuple[str, ...], factor: float) -> Answer:
+def _change(keys: tuple[str, ...], factor: float, show: Callable[[Sequence[float]], str]) -> Answer:
     def answer(about: Material, name: str) -> str:
         cells = dict.fromkeys(cell for cell in (*about.tried, *about.results.tuning) if cell.optimizer == name)
-        rises = [rise for cell in cells if (rise := cost_of(about, cell, keys, factor)) is not None]
-        return _over(rises, lambda rise: f"{rise:+.4f} nats")
+        return show([rise for cell in cells if (rise := cost_of(about, cell, keys, factor)) is not None])
 
     return answer
+
+
+def _risen(rises: Sequence[float]) -> str:
+    ended = [rise for rise in rises if math.isfinite(rise)]
+    return "diverged" if rises and not ended else _over(ended, lambda rise: f"{rise:+.4f} nats")
+
+
+def _ruined(rises: Sequence[float]) -> str:
+    return f"{sum(map(math.isinf, rises))} of {len(rises)}" if rises else q.NOT_MEASURED
 
 
 def _diverged(about: Material, name: str) -> str:
@@ -142,8 +159,10 @@ _ROWS: tuple[tuple[str, str, Answer], ...] = (
     ("stability", "diverged while it was tuned", _diverged),
     ("stability", "loss volatility", _plain("loss_volatility", lambda value: q.number(value, 3))),
     ("stability", "change of the gradient norm", _plain("grad_norm_change", lambda value: q.number(value, 3))),
-    ("stability", "twice the tuned rate costs", _change(RATE, 2.0)),
-    ("large batches", "four times the tuned batch costs", _change(BATCH, 4.0)),
+    ("stability", "twice the tuned rate costs", _change(RATE, 2.0, _risen)),
+    ("stability", "twice the tuned rate diverges", _change(RATE, 2.0, _ruined)),
+    ("large batches", "four times the tuned batch costs", _change(BATCH, 4.0, _risen)),
+    ("large batches", "four times the tuned batch diverges", _change(BATCH, 4.0, _ruined)),
     ("experts", "unevenness of their load (CV)", _plain("expert_load_cv", lambda value: q.number(value, 3))),
     ("common sense", "HellaSwag", _score("hellaswag", "hellaswag_0shot")),
     ("knowledge", "MMLU", _score("mmlu")),

@@ -127,8 +127,16 @@ def _points(found: Sequence[SpeedUp], x: Mapping[SpeedUp, float]) -> dict[str, l
     points: dict[str, list[Point]] = {}
     for one in sorted(found, key=lambda one: x[one]):
         ends = (one.low, one.high) if q.finite(one.low) is not None else (None, None)
-        points.setdefault(name_of(one.optimizer), []).append(Point(x[one], one.value, *ends))
+        words = f"{q.number(one.value, 3)}×{MARKS.get(one.note, '')}"
+        point = Point(x[one], one.value, *ends, hollow=one.note in MARKS, words=words)
+        points.setdefault(name_of(one.optimizer), []).append(point)
     return points
+
+
+def _marked(points: Mapping[str, Sequence[Point]]) -> str:
+    """``e: extrapolated``, of the marks that points bear."""
+    words = [point.words for found in points.values() for point in found]
+    return ", ".join(f"{mark.strip()}: {note}" for note, mark in MARKS.items() if any(w.endswith(mark) for w in words))
 
 
 def _over_data(about: Material, label: str) -> Figure | None:
@@ -160,6 +168,8 @@ def _lines(
     caption = (
         f"Above the dashed line: fewer tokens than {base} for the same loss. Bars: {q.percent(about.level)} intervals."
     )
+    if any(point.hollow for found in points.values() for point in found):
+        caption += f" Hollow: not read off a fitted range of {base}'s cells ({_marked(points)})."
     return lines(
         as_key(key + about.suffix),
         title,

@@ -6,6 +6,7 @@ import math
 
 from lightning_opt.reports import quantities as q
 from lightning_opt.reports.study_material import Material, Place, name_of
+from lightning_opt.study.recorded import came_to_nothing
 from lightning_opt.study.results import Cell
 from lightning_opt.study.sensitivity import recorded_trials
 
@@ -38,13 +39,16 @@ def at_place(about: Material, place: Place, keys: tuple[str, ...]) -> dict[str, 
 
 
 def cost_of(about: Material, cell: Cell, keys: tuple[str, ...], factor: float) -> float | None:
-    """By how much the loss rises where the tuned value is multiplied; None where that was not run or diverged.
+    """By how much the loss rises where the tuned value is multiplied; None where that was not run.
 
     Args:
         about: the study.
         cell: which.
         keys: names that the hyperparameter goes by.
         factor: of the tuned value, the one of the lowest loss.
+
+    Returns:
+        Nats per token; infinite where the run came to nothing.
     """
     answers = of_cell(about, cell, keys)
     if not answers or not (about.tried.get(cell) or (about.facts.get("centre") or {}).get(cell)):
@@ -52,4 +56,6 @@ def cost_of(about: Material, cell: Cell, keys: tuple[str, ...], factor: float) -
     best = min(answers, key=answers.__getitem__)
     near = (loss for value, loss in answers.items() if best and math.isclose(value, factor * best, rel_tol=1e-6))
     loss = next(near, None)
-    return None if loss is None or not math.isfinite(loss) else loss - answers[best]
+    if loss is None:
+        return None
+    return math.inf if came_to_nothing(loss, answers.values()) else loss - answers[best]

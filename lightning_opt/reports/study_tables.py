@@ -11,6 +11,7 @@ from lightning_opt.reports.study_material import BY, Material, Place, as_key, na
 from lightning_opt.reports.tables import Table
 
 if TYPE_CHECKING:
+    from lightning_opt.study.hyper_laws import HyperLaw
     from lightning_opt.study.results import Cell
     from lightning_opt.study.speedups import SpeedUp
 
@@ -166,44 +167,54 @@ def laws(about: Material) -> Table | None:
     return Table(f"laws{about.suffix}", "Loss laws", header, body, frozenset({2, 3, 4, 5}), swatches, note)
 
 
-def hyper_laws(about: Material) -> Table | None:
-    """The laws of tuned hyperparameters in model size and data."""
-    found = about.facts.get("hyper_laws") or ()
-    if not found:
-        return None
-    header = ("optimizer", "hyperparameter", "cells", "law", "error at the cell held out")
-    body = tuple(
-        (
-            name_of(str(row.get("optimizer"))),
-            str(row.get("key")),
-            q.integer(row.get("cells")),
-            _power_law(row),
-            _ABSENT if (missed := q.finite(row.get("held_out"))) is None else q.percent(missed),
-        )
-        for row in found
-    )
-    swatches = tuple(about.colours.get(row[0], ("grey", False))[0] for row in body)
-    note = (
-        "N: non-embedding parameters; C: the data ratio. Fitted to the tuned values but the first and the last, which "
-        "is held against the law. Tuned values sit on short grids, so most of these hang on a change or two of value: "
-        "read the error first."
-    )
-    title = "Laws of tuned hyperparameters"
-    return Table(f"hyper-laws{about.suffix}", title, header, body, frozenset({2, 4}), swatches, note)
-
-
-def _power_law(row: Mapping[str, Any]) -> str:
-    scale, by_size, by_ratio, constant = (
-        q.finite(row.get(key)) for key in ("scale", "by_size", "by_ratio", "constant")
-    )
-    if not scale:
-        return f"{q.number(constant, 4)} everywhere"
-    power = f"{q.number(scale, 4)} · N^{q.number(by_size, 3)} · C^{q.number(by_ratio, 3)}"
-    return f"{power} {'-' if (constant or 0) < 0 else '+'} {q.number(abs(constant or 0), 4)}"
-
-
 def _or_note(row: Mapping[str, Any], key: str) -> str:
     return _ABSENT if q.finite(row.get(key)) is None else q.number(row.get(key), 4)
+
+
+def hyper_laws(about: Material) -> Table | None:
+    """The laws of tuned hyperparameters, each held against the setting that it did not see."""
+    found = [one for one in about.facts.get("hyper_laws") or () if one[0] in about.optimizers]
+    if not found:
+        return None
+    moving, constant = [], {}
+    for one in found:
+        optimizer, key, _, law = one
+        if len({value for *_, value in law.points}) > 1:
+            moving.append(one)
+        else:
+            constant.setdefault(name_of(optimizer), []).append(f"{key} {q.trimmed(law.constant)}")
+    body = tuple((name_of(optimizer), key, str(cells), *_held(law)) for optimizer, key, cells, law in moving)
+    swatches = tuple(about.colours[row[0]][0] for row in body)
+    header = ("optimizer", "hyperparameter", "settings", "tuned in the last", "its law says", "missed by", "law")
+    same = "; ".join(f"{name}: {', '.join(keys)}" for name, keys in constant.items())
+    note = f"The same in every setting, so that there is nothing to fit: {same}." if same else ""
+    return Table(f"hyper-laws{about.suffix}", "", header, body, frozenset({2, 3, 4, 5}), swatches, note)
+
+
+def _held(law: HyperLaw) -> tuple[str, str, str, str]:
+    """Tuned value of the last setting, what the law says there, by how much that is off, the law."""
+    numbers = (law.scale, law.by_size, law.by_ratio, law.constant)
+    scale, size, ratio, rest = (_power(number, 3).replace("-", "\N{MINUS SIGN}") for number in numbers)
+    words = f"{scale}·N^{size}·C^{ratio} + {rest}".replace("+ \N{MINUS SIGN}", "\N{MINUS SIGN} ")
+    if law.held_out is None:
+        return _ABSENT, _ABSENT, _ABSENT, words
+    *last, tuned = law.points[-1]
+    says = law(*last)
+    return q.trimmed(tuned), q.number(says, 3), _missed(tuned, says), words
+
+
+def _missed(tuned: float, says: float) -> str:
+    """The relative error, as a factor where it is large; epsilons span orders of magnitude."""
+    if not tuned:
+        return _ABSENT
+    off = says / tuned
+    return q.percent(abs(off - 1)) if abs(off - 1) < 10 else f"{_power(off, 2)} times"
+
+
+def _power(number: float, digits: int) -> str:
+    """``3.49e86``: the numbers of a degenerate law would fill lines."""
+    mantissa, _, exponent = f"{number:.{digits}g}".partition("e")
+    return f"{mantissa}e{int(exponent)}" if exponent else mantissa
 
 
 def cost(about: Material) -> Table | None:
@@ -226,7 +237,8 @@ def cost(about: Material) -> Table | None:
             )
         )
     swatches = tuple(about.colours.get(row[0], ("grey", False))[0] for row in body)
-    note = "Every run before the reporting seeds counts. Who tuned longer had more chances at a lucky best."
+    counted = about.facts.get("cost_note") or "Every run before the reporting seeds counts."
+    note = f"{counted} Who tuned longer had more chances at a lucky best."
     return Table(f"cost{about.suffix}", "", header, tuple(body), frozenset({1, 2, 3, 4}), swatches, note)
 
 

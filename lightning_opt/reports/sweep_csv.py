@@ -41,10 +41,10 @@ def as_csv(comparison: Comparison, groups: Sequence[Group]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
-    placed = {id(job): group for group in groups for job in group.jobs}
+    placed = {job.folder: group for group in groups for job in group.jobs}
     ranks: dict[str, int] = {}
     for job in in_order(comparison.jobs):
-        group, rank = placed.get(id(job)), None
+        group, rank = placed.get(job.folder), None
         if group is not None and job.loss is not None:
             rank = ranks[group.name] = ranks.get(group.name, 0) + 1
         row = [

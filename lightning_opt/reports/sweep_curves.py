@@ -40,11 +40,15 @@ def together(found: Sequence[Group], colours: Colours) -> list[Figure]:
     front = {key: f"{label} ({group.name})" for group in found for key, label in _front(group).items()}
     jobs = [job for group in found for job in group.jobs]
     wanted = [key for key in _CAPTIONS if key[0] == "val/loss"]
-    captions = dict.fromkeys(wanted, "Runs of unequal data, tokens or schedule: neither ways nor ends may be ranked.")
+    captions = dict.fromkeys(wanted, tradeoffs.UNRANKED)
     names = {id(one.cells[0].best): group.name for group in found for one in group.standings}
     cells = [one.cells[0] for group in found for one in group.standings]
     drawn = _drawn(jobs, front, wanted, colours, "-together", captions)
-    return drawn + _ends(cells, lambda cell: f"{cell.best.optimizer} ({names[id(cell.best)]})", colours, "-together")
+
+    def label(cell: Cell) -> str:
+        return f"{cell.best.optimizer} ({names[id(cell.best)]})"
+
+    return drawn + _ends(cells, label, colours, "-together", ranked=False)
 
 
 def ends(group: Group, colours: Colours, suffix: str) -> list[Figure]:
@@ -57,12 +61,14 @@ def ends(group: Group, colours: Colours, suffix: str) -> list[Figure]:
     return _ends(cells, label, colours, suffix)
 
 
-def _ends(cells: Sequence[Cell], label: Callable[[Cell], str], colours: Colours, suffix: str) -> list[Figure]:
+def _ends(
+    cells: Sequence[Cell], label: Callable[[Cell], str], colours: Colours, suffix: str, *, ranked: bool = True
+) -> list[Figure]:
     drawn = []
     for kind, key, draw in (("memory", "peak_memory_bytes", tradeoffs.memory), ("time", "seconds", tradeoffs.time)):
         spots = tradeoffs.spots(cells, key, label)
         if len(spots) > 1:
-            drawn.append(draw(f"tradeoff-{kind}{suffix}", spots, colours))
+            drawn.append(draw(f"tradeoff-{kind}{suffix}", spots, colours, ranked=ranked))
     return drawn
 
 

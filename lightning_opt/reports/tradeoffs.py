@@ -12,6 +12,8 @@ from lightning_opt.reports.figures import time_label, unit_of
 from lightning_opt.reports.ranking import Cell
 from lightning_opt.reports.style import hexadecimal
 
+UNRANKED = "Runs of unequal data, tokens or schedule: neither ways nor ends may be ranked."
+
 
 @dataclass(frozen=True)
 class Spot:
@@ -57,18 +59,18 @@ def front(found: Sequence[Spot]) -> list[Spot]:
     return kept
 
 
-def memory(key: str, found: Sequence[Spot], colours: Mapping[str, tuple[str, bool]]) -> Figure:
-    """Final loss against peak memory, in the binary unit that suits it."""
+def memory(key: str, found: Sequence[Spot], colours: Mapping[str, tuple[str, bool]], *, ranked: bool = True) -> Figure:
+    """Final loss against peak memory, in the binary unit that suits it; with the front where losses may be ranked."""
     top = max(spot.cost for spot in found)
     unit, divisor = ("GiB", 2**30) if top >= 2**30 else ("MiB", 2**20)
     title, label = "Final loss against peak memory", f"peak memory of one device, {unit}"
-    return _figure(key, title, label, found, divisor, colours, q.size)
+    return _figure(key, title, label, found, divisor, colours, q.size, ranked)
 
 
-def time(key: str, found: Sequence[Spot], colours: Mapping[str, tuple[str, bool]]) -> Figure:
-    """Final loss against training time."""
+def time(key: str, found: Sequence[Spot], colours: Mapping[str, tuple[str, bool]], *, ranked: bool = True) -> Figure:
+    """Final loss against training time; with the front where losses may be ranked."""
     label = time_label([spot.cost for spot in found])
-    return _figure(key, "Final loss against time", label, found, unit_of(label), colours, q.duration)
+    return _figure(key, "Final loss against time", label, found, unit_of(label), colours, q.duration, ranked)
 
 
 def _figure(
@@ -79,8 +81,9 @@ def _figure(
     divisor: float,
     colours: Mapping[str, tuple[str, bool]],
     show: Callable[[float], str],
+    ranked: bool,
 ) -> Figure:
-    best = front(found)
+    best = front(found) if ranked else []
     with sheet(key) as page:
         axes = page.axes
         xs, ys = [spot.cost / divisor for spot in best], [spot.loss for spot in best]
@@ -96,7 +99,7 @@ def _figure(
         axes.margins(x=0.08, y=0.1)
         page.ticks()
         page.label(label, "final loss, nats per token")
-        caption = "Rings: no other setting is both lower and cheaper. "
+        caption = "Rings: no other setting is both lower and cheaper. " if ranked else f"{UNRANKED} "
         caption += (
             "Bars: one standard deviation between seeds each way."
             if any(s.std for s in found)
@@ -104,10 +107,16 @@ def _figure(
         )
         used = dict.fromkeys(spot.optimizer for spot in found)
         marks = {name: "diamond" if colours[name][1] else "dot" for name in used}
-        legend = (*(Legend(name, colours[name][0], mark) for name, mark in marks.items()), Legend("the front", "faint"))
+        legend = tuple(Legend(name, colours[name][0], mark) for name, mark in marks.items())
+        legend += (Legend("the front", "faint"),) if ranked else ()
         rows = tuple(
-            (spot.label, show(spot.cost), q.number(spot.loss, 5), "yes" if spot in best else "no")
+            (
+                spot.label,
+                show(spot.cost),
+                q.number(spot.loss, 5),
+                *(("yes" if spot in best else "no",) if ranked else ()),
+            )
             for spot in sorted(found, key=lambda one: one.cost)
         )
-        header = ("setting", "cost", "final loss", "on the front")
+        header = ("setting", "cost", "final loss", *(("on the front",) if ranked else ()))
         return Figure(key, title, page.svg(f"{title}. {caption}"), caption, legend, header, rows)

@@ -8,7 +8,7 @@ __getattr__, __dir__, __all__ = attach(
         "results": ["Cell", "Results", "non_embedding", "read_results", "recorded_change", "write_results"],
         "space": ["Axis", "Ladder", "Space"],
         "descent": ["Descent", "Step"],
-        "recorded": ["RecordedRuns", "descend", "recorded_gains"],
+        "recorded": ["RecordedRuns", "descend", "recorded_cost", "recorded_gains"],
         "laws": ["Interpolation", "LossLaw", "fit_law", "interpolate"],
         "speedups": ["SpeedUp", "speed_ups"],
         "hyper_laws": ["HyperLaw", "JointLaw", "fit_hyper_law", "fit_joint_law", "tuned_laws"],

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import OptimizeWarning, curve_fit, minimize
@@ -31,6 +31,7 @@ class HyperLaw:
         by_ratio: c.
         constant: D, in the hyperparameter's unit.
         held_out: relative error at the last point, which the fit did not see; None where there is none.
+        points: size, ratio and tuned value of every setting, small models and little data first.
     """
 
     scale: float
@@ -38,6 +39,7 @@ class HyperLaw:
     by_ratio: float
     constant: float
     held_out: float | None = None
+    points: tuple[tuple[float, float, float], ...] = ()
 
     def __call__(self, size: float, ratio: float) -> float:
         """The hyperparameter for a model of so many non-embedding parameters and a ratio of data."""
@@ -78,17 +80,18 @@ def fit_hyper_law(
     kept = slice(1, -1) if leave_out else slice(None)
     if len(given[kept]) < 4 or min(len({*row}) for row in where[:, kept].tolist()) < 2:
         raise NotEnoughCells("not enough cells: needs 4 settings of at least 2 sizes and 2 ratios")
+    points = tuple(map(tuple, np.vstack([where, given]).T.tolist()))
     if np.ptp(given) == 0:
-        return HyperLaw(0.0, 0.0, 0.0, float(given[0]), 0.0 if leave_out else None)
+        return HyperLaw(0.0, 0.0, 0.0, float(given[0]), 0.0 if leave_out else None, points)
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore", OptimizeWarning)  # the covariance of a degenerate fit, which nobody reads
         start = (0.0, -0.5, -0.5, float(given[:-1].mean()))
         found, _ = curve_fit(_hyper, where[:, kept], given[kept], p0=start, maxfev=200_000)
-    law = HyperLaw(*map(float, found))
+    law = HyperLaw(*map(float, found), points=points)
     if not leave_out:
         return law
     missed = abs(law(*where[:, -1]) - given[-1]) / (abs(given[-1]) + 1e-6)  # the study's guard against a value of 0
-    return HyperLaw(*map(float, found), float(missed))
+    return replace(law, held_out=float(missed))
 
 
 def tuned_laws(best: Mapping[Cell, Config], sizes: Mapping[str, float]) -> list[tuple[str, str, int, HyperLaw]]:
@@ -170,14 +173,14 @@ def fit_joint_law(sizes: Sequence[float], ratios: Sequence[float], losses: Seque
         losses: final losses, nats per token.
 
     Raises:
-        NotEnoughCells: fewer than three sizes (two cannot tell a floor from what a larger model would gain), or fewer
-            than six cells for the five numbers.
+        NotEnoughCells: fewer than three sizes (two cannot tell a floor from what a larger model would gain), one ratio
+            alone (size and tokens then grow together), or fewer than six cells for the five numbers.
 
     Source: the form of Hoffmann et al. 2022 (arXiv 2203.15556), approach 3, here with plain least squares.
     """
     size, ratio, loss = (np.asarray(row, dtype=float) for row in (sizes, ratios, losses))
-    if len({*size.tolist()}) < 3 or len(loss) < 6:
-        raise NotEnoughCells("not enough cells: needs 6 cells of at least 3 model sizes")
+    if len({*size.tolist()}) < 3 or len({*ratio.tolist()}) < 2 or len(loss) < 6:
+        raise NotEnoughCells("not enough cells: needs 6 cells of at least 3 model sizes and 2 ratios")
     tokens = CHINCHILLA * size * ratio
     units = float(np.exp(np.log(size).mean())), float(np.exp(np.log(tokens).mean()))
     small, few = np.log(size / units[0]), np.log(tokens / units[1])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
     from lightning_opt.study.results import Cell, Config, Results
 
 AS_TUNED = "as tuned"  # stands for a value that the table does not tell
+
+LOST = 1.0
+"""A run that ends so far above its cell's lowest came to nothing, nats per token. Published losses of runs that blew up
+are finite: 7 at 130M, where 3.5 is usual."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,40 @@ def descend(descent: Descent, loss: Callable[[Config], float | None]) -> Descent
         for config in asked:
             descent.tell(config, loss(config))
     return descent
+
+
+def recorded_cost(results: Results) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+    """What the recorded tuning runs took: a lower bound, for passes before a search's last are not recorded.
+
+    Args:
+        results: with `tuning`.
+
+    Returns:
+        As `lightning_opt.reports.study.write` takes them: ``cost`` (optimizer to runs, diverged, and tokens as if each
+        ran to its end; None where a model's size is not known) and ``failures`` (the runs that came to nothing).
+    """
+    from lightning_opt.plan.lengths import CHINCHILLA
+
+    cost: dict[str, dict[str, Any]] = {}
+    failures: list[dict[str, Any]] = []
+    for cell, runs in results.tuning.items():
+        spent = cost.setdefault(cell.optimizer, {"runs": 0, "diverged": 0, "tokens": 0.0})
+        size = results.sizes.get(cell.params)
+        known = size and spent["tokens"] is not None
+        spent["tokens"] = spent["tokens"] + len(runs) * CHINCHILLA * size * cell.chinchilla if known else None
+        spent["runs"] += len(runs)
+        for change, loss in runs.items():
+            if came_to_nothing(loss, runs.values()):
+                spent["diverged"] += 1
+                where = {"optimizer": cell.optimizer, "params": cell.params, "chinchilla": cell.chinchilla}
+                reason = f"ended at {loss:,.2f}" if math.isfinite(loss) else "no finite loss"
+                failures.append({**where, "setting": change.replace("=", " "), "state": "DIVERGED", "reason": reason})
+    return cost, failures
+
+
+def came_to_nothing(loss: float, losses: Iterable[float]) -> bool:
+    """Whether a run diverged, or ended `LOST` or more above the lowest of its cell's losses."""
+    return not loss < min(losses) + LOST
 
 
 def recorded_gains(results: Results, *, threshold: float = THRESHOLD) -> dict[Cell, Descent]:

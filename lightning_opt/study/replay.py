@@ -14,8 +14,8 @@ from lightning_opt.plan import ConfigError
 from lightning_opt.run_folder.records import write_text
 from lightning_opt.study.hyper_laws import HYPER_LAW_COLUMNS, JointLaw, fit_joint_law, law_row, tuned_laws
 from lightning_opt.study.laws import LossLaw, NotEnoughCells
-from lightning_opt.study.recorded import recorded_gains
-from lightning_opt.study.results import Cell, Results, non_embedding, read_results
+from lightning_opt.study.recorded import LOST, recorded_cost, recorded_gains
+from lightning_opt.study.results import PUBLISHED, Cell, Results, non_embedding, read_results
 from lightning_opt.study.sensitivity import NEAR, Sensitivity, recorded_trials, sensitivity
 from lightning_opt.study.significance import Noise, pooled
 from lightning_opt.study.speedups import INTERPOLATED, SpeedUp, baseline_of, speed_ups
@@ -78,16 +78,25 @@ def replay(
     if noise is None:
         raise ConfigError("sigma", None, "must be a number (nats) for a table in which no cell has two seeds")
     found = analyse(results, out, baseline=baseline, fit=fit, sigma=noise, level=level)
-    found.facts["notes"] += _gain_notes(results)
+    if results.tuning:
+        found.facts["cost"], found.facts["failures"] = recorded_cost(results)
+        found.facts["cost_note"] = _COST_NOTE
+    found.facts["notes"] += [*_lowest_note(results), *_gain_notes(results)]
     if settled is None:
         return found
     found.facts.update(phase_two(results, settled, near))
     found.facts["notes"] += _maybe_note(found.facts["maybe_sensitive"])
     sizes = {cell.params: size for cell in settled.best if (size := non_embedding(cell.params)) is not None}
     searched = {cell: best for cell, best in settled.best.items() if cell in settled.searched}
-    rows = [law_row(law) for law in tuned_laws(searched, {**sizes, **results.sizes})]
-    found.facts["hyper_laws"] = [dict(zip(HYPER_LAW_COLUMNS, row, strict=True)) for row in rows]
-    return replace(found, paths=(*found.paths, _write(Path(out) / "hyper_laws.csv", HYPER_LAW_COLUMNS, rows)))
+    found.facts["hyper_laws"] = laws = tuned_laws(searched, {**sizes, **results.sizes})
+    path = _write(Path(out) / "hyper_laws.csv", HYPER_LAW_COLUMNS, map(law_row, laws))
+    return replace(found, paths=(*found.paths, path))
+
+
+_COST_NOTE = (
+    "What the table records: the last tuned configuration of each cell and the changes to it, not the passes before. "
+    f"Diverged: no finite loss, or {LOST:g} nat and more above the cell's lowest. Tokens as if each ran to its end."
+)
 
 
 def analyse(
@@ -126,10 +135,10 @@ def analyse(
     if math.isfinite(noise.freedom):
         facts["freedom"] = noise.freedom
     facts["refit"] = _refit(results, baseline, fit, noise, level)
-    facts["joint_law"] = joint = _joint(results, baseline)
+    facts["joint_law"] = joint = _joint(results, baseline, fit)
     facts["notes"] = [
         *_coverage_notes(found),
-        *_refit_notes(found, facts["refit"], fit),
+        *_refit_notes(found, facts["refit"]),
         *_unseen(results, baseline, fit),
         *_joint_note(joint),
     ]
@@ -234,11 +243,30 @@ def _fit_words(results: Results, baseline: str, fit: tuple[float, float] | None)
 def _refit(
     results: Results, baseline: str, fit: tuple[float, float] | None, noise: Noise, level: float
 ) -> list[tuple[str, list[SpeedUp]]]:
-    """The speed-ups with every ratio of the baseline in its fit, where that is more than `fit` lets in."""
-    if _fit_words(results, baseline, fit) == _fit_words(results, baseline, None):
-        return []
-    found = speed_ups(results, baseline=baseline, fit=None, sigma=noise, level=level)
-    return [(_fit_words(results, baseline, None), found)]
+    """The speed-ups by the baseline's other fit, of the models where that is another one.
+
+    The other takes every ratio; where `fit` does so already, those up to 8x.
+    """
+    used = _fit_words(results, baseline, fit)
+    for other in (None, ((fit or (0.0,))[0], _USUAL)):
+        if (words := _fit_words(results, baseline, other)) != used:
+            moved = {
+                label
+                for label in results.labels
+                if _ratios(results, baseline, label, fit) != _ratios(results, baseline, label, other)
+            }
+            found = speed_ups(results, baseline=baseline, fit=other, sigma=noise, level=level)
+            found = [one for one in found if one.params in moved]
+            return [(words, found)] if found else []
+    return []
+
+
+_USUAL = 8.0  # the most data that the study's own fits take in
+
+
+def _ratios(results: Results, baseline: str, label: str, fit: tuple[float, float] | None) -> tuple[float, ...]:
+    law = baseline_of(results, baseline, label, fit)
+    return () if law is None else tuple(ratio for ratio, _ in law.points)
 
 
 def _coverage_notes(found: Sequence[SpeedUp]) -> list[str]:
@@ -258,17 +286,15 @@ def _coverage_notes(found: Sequence[SpeedUp]) -> list[str]:
     return notes
 
 
-def _refit_notes(
-    found: Sequence[SpeedUp], refit: Sequence[tuple[str, Sequence[SpeedUp]]], fit: tuple[float, float] | None
-) -> list[str]:
-    """How far the choice of the fit's points moves a speed-up, at the cell within them where it moves most."""
+def _refit_notes(found: Sequence[SpeedUp], refit: Sequence[tuple[str, Sequence[SpeedUp]]]) -> list[str]:
+    """How far the choice of the fit's points moves a speed-up, at the cell of 8x or less where it moves most."""
     notes = []
-    low, high = fit or (0.0, math.inf)
+    usual = {(one.optimizer, one.params, one.chinchilla): one for one in found if one.by == "tokens"}
     for words, others in refit:
-        pairs = zip((one for one in found if one.by == "tokens"), others, strict=True)
-        moved = [(a, b) for a, b in pairs if low <= a.chinchilla <= high and a.value > 0 and b.value > 0]
+        pairs = [(usual[one.optimizer, one.params, one.chinchilla], one) for one in others]
+        moved = [(a, b) for a, b in pairs if a.chinchilla <= _USUAL and math.isfinite(a.value - b.value)]
         if moved:
-            a, b = max(moved, key=lambda pair: abs(math.log(pair[0].value / pair[1].value)))
+            a, b = max(moved, key=lambda pair: abs(pair[0].value - pair[1].value))
             notes.append(
                 f"The points of the baseline's fit matter: fitted over {words}, the speed-up of {a.optimizer} "
                 f"{a.params} {a.chinchilla:g}x, which moves most, is {b.value:.2f} instead of {a.value:.2f}."
@@ -281,7 +307,7 @@ def _unseen(results: Results, baseline: str, fit: tuple[float, float] | None) ->
     notes = []
     for label in results.labels:
         law = baseline_of(results, baseline, label, fit)
-        if not isinstance(law, LossLaw):
+        if not isinstance(law, LossLaw) or not law.falls:
             continue
         seen = {ratio for ratio, _ in law.points}
         for cell in results.of(baseline, label):
@@ -298,10 +324,11 @@ def _unseen(results: Results, baseline: str, fit: tuple[float, float] | None) ->
     return notes
 
 
-def _joint(results: Results, baseline: str) -> JointLaw | str:
-    """The baseline's law in model size and tokens; why there is none."""
+def _joint(results: Results, baseline: str, fit: tuple[float, float] | None) -> JointLaw | str:
+    """The baseline's law in model size and tokens, of the cells that its other laws take; why there is none."""
+    low, high = fit or (0.0, math.inf)
     cells = [cell for cell in results.losses if cell.optimizer == baseline and cell.params in results.sizes]
-    cells = [cell for cell in cells if math.isfinite(results.loss(cell))]
+    cells = [cell for cell in cells if low <= cell.chinchilla <= high and math.isfinite(results.loss(cell))]
     try:
         return fit_joint_law(
             [results.sizes[cell.params] for cell in cells],
@@ -320,6 +347,17 @@ def _joint_note(joint: JointLaw | str) -> list[str]:
         f"(N / {joint.unit_size:.4g})^-{joint.size_exponent:.3g} + {joint.by_tokens:.4g} "
         f"(D / {joint.unit_tokens:.4g})^-{joint.tokens_exponent:.3g}; it misses them by {joint.error:.4f} nats (root "
         "mean square)."
+    ]
+
+
+def _lowest_note(results: Results) -> list[str]:
+    if results.metric != PUBLISHED or not results.tuning:
+        return []
+    counts = [len(runs) for runs in results.tuning.values()]
+    return [
+        "A final loss here is the lowest of its cell's tuning runs, seen on the text that they were tuned on (winner's "
+        f"curse): too low by part of the noise, and by more where more was tried ({min(counts)} to {max(counts)} runs "
+        "of a cell are recorded). No fresh seeds are published."
     ]
 
 

@@ -11,8 +11,8 @@ A row is one number: ``source, optimizer, params, chinchilla, metric, value``. T
 | `seconds`, `tokens`, `peak_bytes`, `flops` | what a run of the cell cost; one row for each seed |
 | `params_non_embedding` | the model's size |
 
-Others belong to somebody else and are passed over, as are rows without a value. A loss that is not finite is a run that
-diverged: infinite here.
+Others belong to somebody else and are passed over, as are rows without a value. A loss that is not finite, or above
+`BLOWN_UP`, is a run that diverged: infinite here.
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ COSTS = ("seconds", "tokens", "peak_bytes", "flops")
 PUBLISHED, OURS = "c4en_loss", "val_loss"
 _FINAL = {"c4en_loss_min": PUBLISHED, "val_loss": OURS}
 _SIZE = "params_non_embedding"
+
+BLOWN_UP = 1e4
+"""A loss above is a run that diverged, nats per token (arXiv 2509.02046, its code)."""
 
 _EXACT = {"130m": 134_217_728.0, "300m": 301_989_888.0, "520m": 536_870_912.0, "1.2b": 1_207_959_552.0}
 """Non-embedding parameters of the study's models: 32 layers of 3·h·i + 4·h² (arXiv 2509.02046)."""
@@ -223,6 +226,8 @@ class _Table:
             must = f"must hold final losses as the metric {' or '.join(_FINAL)}"
             raise ConfigError("results", str(self.path), f"{must}; it holds {found}")
         labels = {cell.params for cells in (self.final[kinds[0]], self.tuning[kinds[0]]) for cell in cells}
+        self._one_spelling("params", labels)
+        self._one_spelling("optimizer", {cell.optimizer for cell in self.final[kinds[0]]})
         parsed = {label: size for label in sorted(labels) if (size := non_embedding(label)) is not None}
         return Results(
             losses={cell: tuple(values) for cell, values in self.final[kinds[0]].items()},
@@ -236,6 +241,13 @@ class _Table:
             source=self.path.name,
         )
 
+    def _one_spelling(self, column: str, names: set[str]) -> None:
+        """Refuses 130m beside 130M: nobody means two models by them."""
+        for name in sorted(names):
+            if twin := next((other for other in names if other > name and other.lower() == name.lower()), None):
+                must = f"column {column} must spell a name in one way; it holds {name!r} and {twin!r}"
+                raise ConfigError("results", str(self.path), must)
+
     def _cell(self, row: _Row) -> Cell:
         for column in ("optimizer", "params"):
             if not getattr(row, column):
@@ -243,9 +255,9 @@ class _Table:
         return Cell(row.optimizer, row.params, self._number(row, "chinchilla", positive=True))
 
     def _loss(self, row: _Row) -> float:
-        """A loss; what is not finite diverged."""
+        """A loss; what is not finite, or absurd, diverged."""
         value = self._read(row, "value")
-        return value if math.isfinite(value) else math.inf
+        return value if math.isfinite(value) and value <= BLOWN_UP else math.inf
 
     def _number(self, row: _Row, column: str, *, positive: bool = False) -> float:
         value = self._read(row, column)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev, variance
 
+import numpy as np
 from scipy.special import ndtri, stdtr, stdtrit
 
 
@@ -49,6 +50,30 @@ def pooled(samples: Iterable[Sequence[float]]) -> Noise | None:
     return Noise(sum((len(sample) - 1) * variance(sample) for sample in repeated) / freedom, freedom)
 
 
+def blocked(places: Iterable[Iterable[Sequence[float]]]) -> Noise | None:
+    """The variance between cells that ran the same seeds, less what a seed does to all of them alike.
+
+    The residual of a two-way analysis of variance without replication (randomised blocks), pooled over places. What it
+    leaves out, the difference of two cells of a place leaves out too.
+
+    Args:
+        places: for each model and amount of data, the final losses of its cells, one for each seed, seeds in one order.
+            Cells with a loss that is not finite tell nothing, nor do those that share their number of seeds with none.
+
+    Returns:
+        None where no place has two cells of two seeds.
+    """
+    squares = freedom = 0.0
+    for cells in places:
+        told = [cell for cell in cells if len(cell) > 1 and all(map(math.isfinite, cell))]
+        for seeds in {len(cell) for cell in told}:
+            table = np.array([cell for cell in told if len(cell) == seeds])
+            left = table - table.mean(1, keepdims=True) - table.mean(0) + table.mean()
+            squares += float((left**2).sum())
+            freedom += (len(table) - 1) * (seeds - 1)
+    return Noise(squares / freedom, freedom) if freedom else None
+
+
 def t_quantile(probability: float, freedom: float) -> float:
     """Quantile of Student's t; of the normal distribution for infinite degrees of freedom."""
     return float(ndtri(probability) if math.isinf(freedom) else stdtrit(freedom, probability))
@@ -70,7 +95,7 @@ class Comparison:
         p: how probable a t as large is if the first is no better.
         seeds: of the first and of the second.
         level: of the test: significant where ``p < 1 - level``.
-        test: ``given sigma``, ``pooled``, ``paired`` or ``Welch``.
+        test: ``given sigma``, ``pooled``, ``blocked``, ``paired`` or ``Welch``.
     """
 
     gap: float
@@ -96,6 +121,8 @@ FORMULAS = {
     "given sigma": "z = (mean b - mean a) / (sigma * sqrt(1/n_a + 1/n_b)), sigma given; normal distribution",
     "pooled": "t = (mean b - mean a) / (s * sqrt(1/n_a + 1/n_b)), s pooled over all cells with repeated seeds; "
     "Student's t with its degrees of freedom",
+    "blocked": "t = mean(b - a) / (s * sqrt(2/n)), a and b on equal seeds, s pooled over all cells that ran the same "
+    "seeds, less each seed's own effect; Student's t with its degrees of freedom",
     "paired": "t = mean(b - a) / (s / sqrt(n)), s of the differences between equal seeds; Student's t, n - 1",
     "Welch": "t = (mean b - mean a) / sqrt(s_a^2/n_a + s_b^2/n_b); Student's t, degrees of freedom by Welch and "
     "Satterthwaite",
@@ -117,7 +144,7 @@ def better(
         a: final losses, nats per token, one for each seed.
         b: the other's.
         noise: the spread between seeds, given (a number: sigma) or pooled over many cells; None: from these losses.
-        paired: without `noise`: compare seed by seed; a and b are in the same order of seeds.
+        paired: a and b are in the same order of seeds. Without `noise`: compare seed by seed; with it: it is `blocked`.
         level: of the test.
 
     Returns:
@@ -130,7 +157,7 @@ def better(
     if noise is not None:
         noise = Noise.of(noise)
         error, freedom = math.sqrt(noise.variance * (1 / seeds[0] + 1 / seeds[1])), noise.freedom
-        test = "given sigma" if math.isinf(freedom) else "pooled"
+        test = "given sigma" if math.isinf(freedom) else "blocked" if paired and seeds[0] == seeds[1] else "pooled"
     elif min(seeds) < 2:
         return None
     elif paired and seeds[0] == seeds[1]:
@@ -143,6 +170,18 @@ def better(
         freedom = sum(parts) ** 2 / below if below else sum(seeds) - 2
     t = gap / error if error else math.copysign(math.inf, gap) if gap else 0.0
     return Comparison(gap, t, freedom, t_tail(t, freedom), seeds, level, test)
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """The p of each of many tests, raised so that one false find among all of them is as rare as p says.
+
+    Source: Holm 1979, "A simple sequentially rejective multiple test procedure"; holds however the tests depend.
+    """
+    raised, least = [0.0] * len(ps), 0.0
+    for rank, place in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
+        least = max(least, min(1.0, (len(ps) - rank) * ps[place]))
+        raised[place] = least
+    return raised
 
 
 def seeds_for(gap: float, noise: Noise | float, *, level: float = 0.95, power: float = 0.8) -> int:

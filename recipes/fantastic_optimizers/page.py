@@ -57,7 +57,7 @@ def from_runs(paths: Sequence[Path], out: Path) -> tuple[Source, tuple[str, ...]
         ConfigError: no run of the baseline is among them.
     """
     read = own_runs.read(paths)
-    facts: dict[str, Any] = {"curves": read.curves}
+    facts: dict[str, Any] = {"curves": read.curves, "paired": False}  # each run has the seeds that somebody gave it
     speedups: Sequence[Any] = ()
     laws: Sequence[Any] = ()
     if "adamw" in read.results.optimizers:

@@ -17,7 +17,7 @@ from html_page import BROKEN, Page
 
 from lightning_opt.reports import study
 from lightning_opt.reports.style import optimizer_colours
-from lightning_opt.study import Cell, Results, SpeedUp, speed_ups
+from lightning_opt.study import Cell, Results, SpeedUp, fit_hyper_law, speed_ups
 
 ROOT = Path(__file__).resolve().parents[2]
 LAW = {"adamw": (0.40, 3.20), "muon": (0.34, 3.20), "soap": (0.34, 3.201), "lion": (0.42, 3.20)}
@@ -156,6 +156,16 @@ def test_a_pooled_sigma_says_its_freedom(tmp_path: Path) -> None:
     assert "6 degrees of freedom" in page.text
 
 
+def test_a_pooled_sigma_keeps_seeds_paired(tmp_path: Path) -> None:
+    """Seeds that lift both cells alike say nothing against the gap between them."""
+    a, b = (3.50, 3.53, 3.51), (3.512, 3.539, 3.523)
+    results = Results(losses={Cell("muon", "pico", 1.0): a, Cell("adamw", "pico", 1.0): b})
+    page = drawn(tmp_path, results, sigma=0.015, freedom=4)
+    t = scipy.stats.ttest_rel(b, a, alternative="greater")
+    assert page.tables["lowest"][1][5:8] == [f"{t.statistic:.2f}", f"{t.pvalue:.3f}", "yes"]
+    assert "less each seed's own effect" in page.text
+
+
 def test_diverged_seeds_are_said_and_not_averaged_away(tmp_path: Path) -> None:
     cells = {Cell("adamw", "130m", 1.0): (3.5, 3.51, 3.52), Cell("lion", "130m", 1.0): (3.4, math.inf, 3.42)}
     cells |= {Cell("muon", "130m", 1.0): (math.inf,) * 3}
@@ -214,9 +224,9 @@ def test_what_16x_in_the_fit_changes_is_said(tmp_path: Path) -> None:
     page = drawn(tmp_path, results, usual, sigma=SIGMA, fit="1x to 8x", refit=[("1x to 16x", other)])
     assert rows(page, "speedups-tokens-130m")["Muon"]["130m 1x"] == "1.41× (1.30 to 1.50)"
     assert rows(page, "refit-1x-to-16x-130m")["Muon"]["130m 1x"] == "1.30× (1.20 to 1.40)"
-    assert "Adding 16x to the fit changes the speed-ups: both are below." in page.text
+    assert "Fitted to others, as with or without 16x, the speed-ups change: both are below." in page.text
     page = drawn(tmp_path, results, usual, sigma=SIGMA, fit="1x to 8x")
-    assert "Adding 16x to the fit changes the speed-ups: these results have no such cell" in page.text
+    assert "Adding 16x to the fit would change the speed-ups: these results have no such cell" in page.text
 
 
 def test_an_empty_study(tmp_path: Path) -> None:
@@ -304,6 +314,64 @@ def test_recorded_changes_without_their_centre_do_not_invent_it(tmp_path: Path) 
     assert {row[1]: row[2] for row in page.tables["matrix"][1:]}["twice the tuned rate costs"] == "+0.0080 nats (1)"
 
 
+def test_a_rate_that_ruins_the_run_is_no_mean(tmp_path: Path) -> None:
+    """Published runs that blew up have finite losses: 7.78 where 3.53 is usual."""
+    results = once({("adamw", ratio): 3.53 - 0.01 * ratio for ratio in RATIOS})
+    centre = {Cell("adamw", "130m", ratio): {"learning_rate": 0.008} for ratio in RATIOS}
+    for ratio, doubled in zip(RATIOS, (3.55, 3.56, 7.78, math.inf), strict=True):
+        results.tuning[Cell("adamw", "130m", ratio)] = {"best_config": 3.53, "learning_rate=0.016": doubled}
+    page = drawn(tmp_path, results, sigma=SIGMA, centre=centre)
+    matrix = {row[1]: row[2] for row in page.tables["matrix"][1:]}
+    assert matrix["twice the tuned rate costs"] == "+0.0250 nats (2)"
+    assert matrix["twice the tuned rate diverges"] == "2 of 4"
+    assert matrix["four times the tuned batch diverges"] == "not measured"
+
+
+def test_speed_ups_beyond_the_fit_are_in_no_mean(tmp_path: Path) -> None:
+    results = once({(name, ratio): 3.5 for name in ("adamw", "muon") for ratio in (1.0, 8.0, 16.0)})
+    speeds = [
+        SpeedUp("muon", "130m", 1.0, 1.4, 1.3, 1.5),
+        SpeedUp("muon", "130m", 8.0, 1.2, 1.1, 1.3, note="extrapolated"),
+    ]
+    speeds.append(SpeedUp("muon", "130m", 16.0, 9.0, 1.1, math.inf, note="extrapolated"))
+    laws = [
+        {"optimizer": "adamw", "params": "130m", "fit_points": "1;2;4;8", "alpha": 0.4, "exponent": 0.5, "floor": 3}
+    ]
+    page = drawn(tmp_path, results, speeds, laws, sigma=SIGMA)
+    assert {row[1]: row[3] for row in page.tables["matrix"][1:]}["speed-up by tokens"] == "1.30× (2)"
+    assert "Hollow: not read off a fitted range of AdamW's cells (e: extrapolated)." in page.text
+
+
+def test_laws_of_hyperparameters_show_what_they_miss(tmp_path: Path) -> None:
+    cells = [(label, ratio) for label in (1e8, 3e8, 1e9) for ratio in RATIOS]
+    where = tuple(zip(*cells, strict=True))
+    rate = [0.5 * size**-0.2 * ratio**-0.1 for size, ratio in cells]
+    laws = [
+        ("muon", "learning_rate", 12, fit_hyper_law(*where, [*rate[:-1], 2 * rate[-1]])),
+        ("muon", "weight_decay", 12, fit_hyper_law(*where, [0.1] * 12)),
+        ("muon", "epsilon", 12, fit_hyper_law(*where, [1e-10] * 11 + [1e-12])),  # all but the one held out
+    ]
+    page = drawn(tmp_path, once({("adamw", 1.0): 3.53, ("muon", 1.0): 3.46}), sigma=SIGMA, hyper_laws=laws)
+    [row, epsilon] = page.tables["hyper-laws"][1:]
+    assert epsilon[3:6] == ["1e-12", "1e-10", "1e2 times"]
+    assert row[:3] == ["Muon", "learning_rate", "12"]
+    assert float(row[3]) == pytest.approx(2 * rate[-1], rel=1e-4)
+    assert float(row[4]) == pytest.approx(rate[-1], rel=1e-2)
+    assert row[5] == "50 %"
+    assert row[6].startswith("0.5·N^−0.2·C^−0.1 + ")
+    assert "so that there is nothing to fit: Muon: weight_decay 0.1." in page.text
+    page = drawn(tmp_path, once({("adamw", 1.0): 3.53, ("muon", 1.0): 3.46}), sigma=SIGMA)
+    assert "one needs tuned configurations of six settings" in page.text
+
+
+def test_many_gaps_are_told_as_many_tests(tmp_path: Path) -> None:
+    """Muon leads by 10 standard errors at 1x, by 2 at 2x: alone beyond noise, but not among the four tests."""
+    error = SIGMA * math.sqrt(2)
+    losses = {("adamw", 1.0): 3.5, ("muon", 1.0): 3.5 - 10 * error, ("adamw", 2.0): 3.4, ("muon", 2.0): 3.4 - 2 * error}
+    page = drawn(tmp_path, once(losses), sigma=SIGMA)
+    assert "1 of the 2 ● stand by Holm's correction for all 4 one-sided tests of this table." in page.text
+
+
 def test_curves_that_cross_are_named_where_they_cross(tmp_path: Path) -> None:
     results = once({("adamw", 1.0): 3.0, ("muon", 1.0): 2.9})
     xs = [float(x) for x in range(101)]
@@ -314,19 +382,6 @@ def test_curves_that_cross_are_named_where_they_cross(tmp_path: Path) -> None:
     assert row[:4] == ["130m 1x", "Muon", "AdamW", "75 (75 %)"]
     assert [float(text) for text in row[4:]] == [pytest.approx(0.26, abs=6e-3), pytest.approx(0.1, abs=6e-3)]
     assert "lead-tokens-130m-1x" in {attributes.get("id") for _, attributes in page.tags}
-
-
-def test_the_laws_of_tuned_hyperparameters_are_on_the_page(tmp_path: Path) -> None:
-    law = {"optimizer": "muon", "key": "optimizer.lr", "cells": 6, "scale": 120.0, "by_size": -0.5, "by_ratio": -0.25}
-    steady = {"optimizer": "adamw", "key": "optimizer.weight_decay", "cells": 6, "scale": 0.0, "by_size": 0.0}
-    laws = [{**law, "constant": -0.001, "held_out": 0.21}, {**steady, "by_ratio": 0.0, "constant": 0.1, "held_out": ""}]
-    results = once({("adamw", 1.0): 3.53, ("muon", 1.0): 3.46})
-    page = drawn(tmp_path, results, sigma=SIGMA, hyper_laws=laws)
-    assert page.tables["hyper-laws"][1:] == [
-        ["Muon", "optimizer.lr", "6", "120.0 · N^-0.500 · C^-0.250 - 0.001000", "21 %"],
-        ["AdamW", "optimizer.weight_decay", "6", "0.1000 everywhere", "–"],
-    ]
-    assert "hyper-laws" not in drawn(tmp_path, results, sigma=SIGMA, hyper_laws=[]).tables
 
 
 HOSTILE = "<script>alert(1)</script>|`x` [a](javascript:b)"

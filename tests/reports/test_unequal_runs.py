@@ -11,6 +11,8 @@ from synthetic_run import plan
 from synthetic_sweep import PER_STEP, STEPS, build_job, build_sweep
 
 from lightning_opt import reports
+from lightning_opt.reports.jobs import of_runs
+from lightning_opt.reports.ranking import groups
 from recipes.report import main
 
 FLOPS = plan()["flops_per_token"]
@@ -56,10 +58,24 @@ def test_with_mixed_they_are_side_by_side_marked_and_not_ranked(
     assert "Mixed on purpose (--mixed)" in page.text
     assert "Not one ranking but 2" in page.text
     assert name in page.tables["groups"][0]
-    assert "val-loss-tokens-together" in {attributes.get("id") for _, attributes in page.tags}
+    ids = {attributes.get("id") for _, attributes in page.tags}
+    assert {"val-loss-tokens-together", "tradeoff-memory-together"} <= ids
+    assert "the front" not in page.text
     assert "python -m recipes.report --compare" in page.text
     assert "--mixed" in page.text.split("Draw this comparison again")[1]
     assert "below" not in page.text.split("How to read")[0]
+
+
+def test_a_label_says_what_its_group_does_not_share(tmp_path: Path) -> None:
+    asked = (["optimizer=adamw", "model=femto"], ["optimizer=lion", "model=femto", "optimizer.lr_scale=2"])
+    jobs = [build_job(tmp_path / str(place), words[0][10:], 3.5, overrides=words) for place, words in enumerate(asked)]
+    third = ["optimizer=adamw", "model=nano", "data.cache_dir=elsewhere"]
+    jobs.append(build_job(tmp_path / "third", "adamw", 3.2, overrides=third, plan={"data_fingerprint": "0123abcd" * 8}))
+    comparison = of_runs(jobs, tmp_path / "out")
+    assert "data.cache_dir" not in comparison.keys
+    found, _ = groups(comparison.jobs)
+    assert [[job.setting for job in group.jobs] for group in found] == [["lr_scale=1", "lr_scale=2"], [""]]
+    assert found[1].facts["data fingerprint"] == "0123abcd0123…"
 
 
 def test_equal_runs_and_other_models_are_not_refused(tmp_path: Path) -> None:

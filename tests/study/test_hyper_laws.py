@@ -55,6 +55,7 @@ def test_the_papers_form_is_the_same_law() -> None:
         tokens = 20 * size * ratio
         assert alpha * size**-by_size * tokens**-by_tokens + beta == pytest.approx(law(size, ratio))
     assert law.held_out < 1e-3
+    assert law.points == tuple(zip(sizes, ratios, values, strict=True))
 
 
 def test_one_value_is_a_constant() -> None:
@@ -68,6 +69,8 @@ def test_too_few_settings() -> None:
         fit_hyper_law([1e8] * 4, RATIOS, [1, 2, 3, 4])
     with pytest.raises(NotEnoughCells, match="3 model sizes"):
         fit_joint_law([1e8] * 4 + [3e8] * 4, RATIOS * 2, np.linspace(3.5, 3, 8))
+    with pytest.raises(NotEnoughCells, match="2 ratios"):
+        fit_joint_law(np.geomspace(1e8, 1e9, 6), [1.0] * 6, np.linspace(3.5, 3, 6))
 
 
 def test_the_joint_law_is_found() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_opt.study import Cell, RecordedRuns, Results, Tuned, recorded_gains
+from lightning_opt.study import Cell, RecordedRuns, Results, Tuned, recorded_cost, recorded_gains
 
 THRESHOLD = 3e-3
 STILL_BETTER = {
@@ -79,7 +79,7 @@ def test_every_recorded_loss_is_found(runs: dict[Cell, RecordedRuns], recorded: 
         name, _, text = row["metric"].removeprefix("c4en_loss_ablation:").partition("=")
         value = {"True": True, "False": False}.get(text)
         changed = one.best | {name: float(text) if value is None else value}
-        loss = float(row["value"]) if math.isfinite(float(row["value"])) else math.inf
+        loss = float(row["value"]) if float(row["value"]) <= 1e4 else math.inf
         assert one(changed) == loss, row
         found += 1
     assert found > 1200
@@ -96,3 +96,29 @@ def test_the_table_alone_is_enough(published: Results) -> None:
         assert step.axis == key
         assert (step.before[key], step.after[key]) == ("as tuned", value)
         assert step.gain == pytest.approx(gain, abs=1e-12)
+
+
+def test_what_the_recorded_runs_took(published: Results, recorded: Path) -> None:
+    """Against the csv module: study.md counts the runs above 5 nats or without a number as lost."""
+    cost, failures = recorded_cost(published)
+    with (recorded / "results.csv").open(newline="") as file:
+        every = [row for row in csv.DictReader(file) if row["metric"].startswith(("c4en_loss_abl", "c4en_loss_best"))]
+    for name, spent in cost.items():
+        mine = [row for row in every if row["optimizer"] == name]
+        assert spent["runs"] == len(mine)
+        over = sum(not float(row["value"]) <= 5 for row in mine)
+        assert over <= spent["diverged"] <= over + 3  # some ended between 1 nat above the best and 5 nats
+        sizes = {"130m": 134_217_728, "300m": 301_989_888}
+        tokens = sum(20 * sizes[row["params"]] * float(row["chinchilla"]) for row in mine)
+        assert spent["tokens"] == pytest.approx(tokens)
+        assert sum(one["optimizer"] == name for one in failures) == spent["diverged"]
+
+
+def test_a_model_of_unknown_size_has_no_tokens() -> None:
+    runs = {"best_config": 4.0, "lr=1": math.inf, "lr=2": 5.5, "lr=3": 4.9}
+    cost, failures = recorded_cost(Results(tuning={Cell("lion", "mine", 1.0): runs}))
+    assert cost == {"lion": {"runs": 4, "diverged": 2, "tokens": None}}
+    assert [(one["setting"], one["reason"]) for one in failures] == [
+        ("lr 1", "no finite loss"),
+        ("lr 2", "ended at 5.50"),
+    ]

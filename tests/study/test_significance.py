@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from statistics import variance
 
@@ -10,7 +11,7 @@ import pytest
 from scipy import stats
 
 from lightning_opt.study import Noise, better, pooled
-from lightning_opt.study.significance import FORMULAS, beats, seeds_for, t_quantile, t_tail
+from lightning_opt.study.significance import FORMULAS, beats, blocked, holm, seeds_for, t_quantile, t_tail
 
 A, B = (3.251, 3.247, 3.255), (3.262, 3.258, 3.259, 3.271)
 
@@ -85,3 +86,38 @@ def test_how_many_seeds() -> None:
     a, b = rng.standard_normal((4000, n)), 1 + rng.standard_normal((4000, n))
     found = np.mean((b.mean(1) - a.mean(1)) / math.sqrt(2 / n) > stats.norm.ppf(0.95))
     assert 0.78 < found < 0.87
+
+
+def test_many_tests_are_closed_under_bonferroni() -> None:
+    """Holm's is the closed procedure: p of a test is the largest Bonferroni p of any group of tests it belongs to."""
+    rng = np.random.default_rng(3)
+    for count in (1, 2, 5, 6):
+        ps = rng.uniform(0, 0.3, count).tolist()
+        groups = [group for size in range(1, count + 1) for group in itertools.combinations(range(count), size)]
+        closed = [
+            max(min(1.0, len(group) * min(ps[other] for other in group)) for group in groups if place in group)
+            for place in range(count)
+        ]
+        assert holm(ps) == pytest.approx(closed)
+    assert holm([]) == []
+
+
+def test_equal_seeds_are_blocks() -> None:
+    """Two cells alone: the paired t test. More: what least squares leave of a model of cells and seeds."""
+    rng = np.random.default_rng(5)
+    seeds, cells = rng.normal(0, 0.02, 4), np.array([3.5, 3.48, 3.51])
+    table = cells[:, None] + seeds + rng.normal(0, 0.003, (3, 4))
+    noise = blocked([table[:2].tolist()])
+    found, expected = better(*table[:2].tolist(), noise, paired=True), stats.ttest_rel(table[1], table[0])
+    assert found.t == pytest.approx(expected.statistic)
+    assert found.freedom == expected.df
+    assert found.formula == FORMULAS["blocked"]
+    design = np.array([[*np.eye(3)[cell], *np.eye(4)[seed]] for cell in range(3) for seed in range(4)])
+    found, _, rank, _ = np.linalg.lstsq(design, table.ravel(), rcond=None)
+    residual = table.ravel() - design @ found
+    assert rank == 6  # of 12 numbers
+    assert blocked([table.tolist()]) == Noise(pytest.approx(float(residual @ residual) / 6), 6)
+    both = blocked([table.tolist(), [*table[:2].tolist(), (math.inf, 3.5, 3.5, 3.5), (3.5, 3.4)]])
+    assert both.freedom == 6 + 3
+    assert both.variance < pooled(table.tolist()).variance / 5
+    assert blocked([[(3.5, 3.4)], [(3.5,), (3.4,)]]) is None

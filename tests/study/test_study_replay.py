@@ -35,6 +35,8 @@ def test_the_published_table(recorded: Path, tmp_path: Path) -> None:
     assert {row["optimizer"] for row in sixteen} == {"nadamw", "muon", "soap"}
     assert all(row["note"] == "extrapolated" or row["speedup"] == "" for row in sixteen)
     assert any("muon 130m 8x" in note and "1.30 instead of 1.41" in note for note in done.facts["notes"])
+    assert any("winner's curse" in note for note in done.facts["notes"])
+    assert done.facts["cost"]["adamw"]["runs"] == 115  # 105 changes and 10 tuned configurations
 
 
 def test_sizes_that_nobody_has_here(tmp_path: Path) -> None:
@@ -58,6 +60,7 @@ def test_sizes_that_nobody_has_here(tmp_path: Path) -> None:
     assert {(row["optimizer"], row["params"]) for row in rows(done.paths[1])} == {("adamw", label) for label in law}
     assert done.facts["joint_law"].cells == 14
     assert done.facts["refit"] == []
+    assert not {"cost", "failures"} & set(done.facts)  # nothing of the tuning is in the table
 
 
 def test_an_extrapolated_baseline_is_held_against_itself(tmp_path: Path) -> None:
@@ -70,6 +73,28 @@ def test_an_extrapolated_baseline_is_held_against_itself(tmp_path: Path) -> None
     [(words, wide)] = done.facts["refit"]
     assert words == "1x to 16x"
     assert wide[0].value != pytest.approx(1.25, rel=1e-3)
+    other = analyse(Results(losses), tmp_path, fit=(1, 16))  # who asks for 16x is shown the fit without it
+    [(words, usual)] = other.facts["refit"]
+    assert words == "1x to 8x"
+    assert [one.value for one in usual] == [one.value for one in done.speedups]
+    assert [one.value for one in other.speedups] == [one.value for one in wide]
+    assert not any("over itself" in note for note in other.facts["notes"])
+
+
+def test_another_fit_is_shown_only_where_it_is_another(tmp_path: Path) -> None:
+    law, ratios = LossLaw(0.4, 0.5, 3.1), (1.0, 2.0, 4.0, 8.0)
+    losses = {Cell("adamw", label, ratio): (law(ratio),) for label in ("130m", "520m") for ratio in ratios}
+    losses[Cell("adamw", "130m", 16.0)] = (law(20.0),)
+    losses |= {Cell("muon", label, 8.0): (law(10.0),) for label in ("130m", "520m")}
+    [(_, found)] = analyse(Results(losses), tmp_path).facts["refit"]
+    assert {one.params for one in found} == {"130m"}
+
+
+def test_a_baseline_that_gets_worse_credits_nobody(tmp_path: Path) -> None:
+    losses = {Cell("adamw", "130m", ratio): (3.0 + 0.1 * ratio,) for ratio in (1.0, 2.0, 4.0, 8.0, 16.0)}
+    done = analyse(Results({**losses, Cell("muon", "130m", 8.0): (3.0,)}), tmp_path)
+    assert not any("over itself" in note or "under its floor" in note for note in done.facts["notes"])
+    assert done.speedups[0].note.startswith("undefined")
 
 
 def test_a_live_study_pools_its_noise(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ def test_published_cells(published: Results, recorded: Path) -> None:
 
 def test_a_diverged_run_is_infinite(published: Results) -> None:
     assert published.tuning[Cell("mars", "130m", 8)]["beta2=0.9"] == math.inf
+    assert published.tuning[Cell("mars", "130m", 1)]["warmup=1000"] == math.inf  # 40927 in the table
 
 
 @pytest.mark.parametrize(
@@ -115,6 +116,8 @@ def test_cells_without_a_value_are_absent(tmp_path: Path) -> None:
         (["a,adamw,130m,1,loss,3.5"], ("c4en_loss_min", "none of them")),
         (["a,adamw,130m,1,val_loss,3.5", "a,adamw,130m,1,c4en_loss_min,3.5"], ("both", "not the same loss")),
         (["a,adamw,130m,1,c4en_loss_min,3.5", "a,adamw,130m,1,acc:piqa,nan"], ("line 3", "must be a number")),
+        (["a,adamw,130m,1,c4en_loss_min,3.5", "a,lion,130M,1,c4en_loss_min,3.6"], ("params", "'130M'", "'130m'")),
+        (["a,AdamW,130m,1,c4en_loss_min,3.5", "a,adamw,130m,2,c4en_loss_min,3.4"], ("optimizer", "one way")),
     ],
 )
 def test_refusals_name_line_and_column(tmp_path: Path, rows: list[str], words: tuple[str, ...]) -> None:
