@@ -73,7 +73,7 @@ def test_the_page_says_who_ended_lowest(tmp_path):
     finished(tmp_path / "beta2", {("optimizer=lion", f"optimizer.betas=[0.95,{b}]"): 3 + b for b in (0.9, 0.99)})
     text = page.write(tmp_path, "nano").read_text(encoding="utf-8")
     assert "AdamW ended lowest: perplexity 16.7" in text or "adamw ended lowest: perplexity 16.7" in text
-    assert "0.100 nats behind (beyond it)" in text
+    assert "0.100 nats behind (beyond the noise)" in text
     assert text.count("<svg") >= 2
     assert "batch_size: no run has come to its end" in text
     assert str(tmp_path) not in text
