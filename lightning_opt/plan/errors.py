@@ -28,7 +28,7 @@ class ConfigError(ValueError):
 
 
 def show(value: Any) -> str:
-    """The value on one line, as a user would write it on the command line, shortened to 80 characters."""
+    """The value on one line, as a user would write it on the command line, shortened in the middle to 80 characters."""
     if value is None:
         text = "null"
     elif isinstance(value, bool):
@@ -39,4 +39,4 @@ def show(value: Any) -> str:
         text = "[" + ", ".join(show(item) for item in value) + "]"
     else:
         text = " ".join(repr(value).split())
-    return text if len(text) <= 80 else text[:77] + "..."
+    return text if len(text) <= 80 else f"{text[:31]}...{text[-46:]}"  # a path is told by its end

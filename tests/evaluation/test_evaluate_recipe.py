@@ -384,7 +384,7 @@ def test_results_that_are_cut_are_one_line(tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "results.json").write_text(text)
     assert main([str(tmp_path), "--report-only", "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"--report-only = {tmp_path / 'results.json'}: must be whole")
+    assert re.match(r"--report-only = \S+/results\.json: must be whole", said)
     assert said.count("\n") == 1
 
 
