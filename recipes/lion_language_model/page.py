@@ -97,7 +97,8 @@ def _verdict(cells: Sequence[Cell]) -> str:
     words = [f"{first} ended lowest: perplexity {math.exp(best.mean):.1f}, {loss_of(best)} nats."]
     for name, cell in others:
         test = gap(best, cell, noise)
-        judged = {"inside": "inside the noise between seeds", "beyond": "beyond the noise"}.get(test.judgement, "untested")
+        told = {"inside": "inside the noise between seeds", "beyond": "beyond the noise"}
+        judged = told.get(test.judgement, "untested")
         words.append(f"{name}: {math.exp(cell.mean):.1f}, {test.value:.3f} nats behind ({judged}).")
     return " ".join(words)
 
